@@ -1,6 +1,6 @@
 """What the four question scripts share, top to bottom in the order a run needs it:
 
-    settings -> data -> network -> training -> evaluation -> results -> figures -> command line
+    settings -> data -> augmentation -> network -> training -> evaluation -> results -> figures -> command line
 
 A question script declares its runs as data and calls `run_question`; every mechanism is here. The protocol (splits,
 optimiser, initialisation) is that of the report and of the course exercise it answers, Max Planck HLCV exercise 3.
@@ -27,7 +27,7 @@ import time
 import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +36,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -112,7 +114,7 @@ class Run:
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
-    """A 64-bit seed for one purpose in one epoch: all randomness is a function of (seed, epoch), so none is ever saved."""
+    """A 64-bit seed for one purpose in one epoch: all randomness is a function of (seed, epoch); none is ever saved."""
     streams = ("init", "order", "augment", "dropout")
     return int(np.random.SeedSequence([seed, epoch, streams.index(stream)]).generate_state(1, np.uint64)[0])
 
@@ -143,8 +145,8 @@ class Split:
         """Cut, augment and normalise one batch, whole.
 
         index: [B], numbers of the batch's images, on the CPU. rng: draws the augmentations, one parameter set per
-        image; None leaves the images as they are. part: which of the B images to return; the draws are always made for all B, so that
-        several processes sharing a batch draw what one process would.
+        image; None leaves the images as they are. part: which of the B images to return; the draws are always made
+        for all B, so that several processes sharing a batch draw what one process would.
         Returns float32 images [b, 3, 32, 32], channels_last, and labels [b].
         """
         mine = index[part].to(self.images.device)
@@ -164,8 +166,9 @@ def find_data_dir(option: str | None = None) -> Path:
 
 
 def load_cifar10(data_dir: Path) -> dict[str, Split]:
-    """The official CIFAR-10, downloaded and verified by torchvision: train (first 49,000), validation (last 1,000), test (10,000).
+    """The official CIFAR-10, downloaded and verified by torchvision.
 
+    train: the first 49,000 training images; validation: the last 1,000; test: 10,000.
     Raises UserError where the files are damaged, or missing and not to be had.
     """
     folder = data_dir / CIFAR10.base_folder
@@ -173,7 +176,8 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     for name, md5 in files:
         if (folder / name).exists() and not check_integrity(str(folder / name), md5):
             raise UserError(
-                f"{folder / name} is not the official file (its MD5 differs): delete it and run again to download CIFAR-10 anew"
+                f"{folder / name} is not the official file (its MD5 differs): "
+                "delete it and run again to download CIFAR-10 anew"
             )
     try:
         parts = [
@@ -182,7 +186,8 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
         ]
     except (OSError, urllib.error.URLError, RuntimeError) as error:
         raise UserError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to it, or use --sample"
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): "
+            f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to it, or use --sample"
         ) from error
     images, labels = zip(
         *((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
@@ -195,22 +200,189 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
 
 
 def load_sample() -> dict[str, Split]:
-    """The bundled, class-balanced excerpt (see sample/cut_sample.py): 1,500 training, 200 validation and 500 test images."""
+    """The bundled, class-balanced excerpt, cut by sample/cut_sample.py: 1,500 training, 200 validation, 500 test."""
     splits = {}
     for part, entry in json.loads((SAMPLE_DIR / "index.json").read_text()).items():
-        sheet = torchvision.io.decode_image(str(SAMPLE_DIR / f"{part}.png"))  # [3, 32 rows, 32 columns]
+        sheet = TF.pil_to_tensor(Image.open(SAMPLE_DIR / f"{part}.png"))  # [3, 32 rows, 32 columns]
         images = sheet.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32)
         splits[part] = Split(images.contiguous(), torch.tensor(entry["labels"]))
     return splits
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+#
+# torchvision's random transforms draw one parameter set per call, hence one for a whole batch (torchvision issue 8484).
+# These draw one per image, in two steps:
+#   draw(n, rng) -> the parameters of n images, tensors [n, ...] on the CPU, from the generator `rng` alone
+#   apply(images, *parameters) -> new images; deterministic, float32 [B, 3, H, W] in [0, 1] on any device
+# Given its parameters, an image comes out as from the function of torchvision.transforms.v2.functional, to rounding.
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def per_image(values: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1], to broadcast over images."""
+    return values.view(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class HorizontalFlip:
+    """torchvision's RandomHorizontalFlip(p)."""
+
+    p: float = 0.5
+
+    def __post_init__(self):
+        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.rand(n, generator=rng) < self.p,)
+
+    def apply(self, images: Tensor, applied: Tensor) -> Tensor:
+        return torch.where(per_image(applied), TF.horizontal_flip(images), images)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """torchvision's RandomCrop(size, padding) to the images' own size: zeros around them, then a window anywhere."""
+
+    padding: int = 4
+
+    def __post_init__(self):
+        require(self.padding >= 0, f"padding must be at least 0 pixels, not {self.padding}")
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        top, left = torch.randint(2 * self.padding + 1, (2, n), generator=rng)
+        return top, left
+
+    def apply(self, images: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        crops = F.pad(images, [self.padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # [B, 3, top, left, H, W]
+        return crops[torch.arange(len(images), device=images.device), :, top, left]
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """torchvision's RandomGrayscale(p): three equal channels."""
+
+    p: float = 0.1
+
+    def __post_init__(self):
+        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.rand(n, generator=rng) < self.p,)
+
+    def apply(self, images: Tensor, applied: Tensor) -> Tensor:
+        return torch.where(per_image(applied), TF.rgb_to_grayscale(images), images)
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """torchvision's RandomApply([GaussianBlur(kernel_size, sigma)], p): sigma uniform between two bounds, in pixels."""
+
+    kernel_size: int = 3
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+
+    def __post_init__(self):
+        require(self.kernel_size > 0 and self.kernel_size % 2 == 1, f"kernel_size must be odd, not {self.kernel_size}")
+        require(0 < self.sigma[0] <= self.sigma[1], f"sigma must be two increasing positive numbers, not {self.sigma}")
+        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        return torch.rand(n, generator=rng) < self.p, torch.empty(n).uniform_(*self.sigma, generator=rng)
+
+    def apply(self, images: Tensor, applied: Tensor, sigma: Tensor) -> Tensor:
+        rows = applied.nonzero().squeeze(1)
+        radius = self.kernel_size // 2
+        offsets = torch.arange(-radius, radius + 1, device=images.device)
+        kernel = torch.softmax(-((offsets / sigma[rows, None]) ** 2) / 2, dim=1)  # [b, kernel_size]
+        blurred = F.pad(images[rows], [radius] * 4, mode="reflect")
+        for dim in (2, 3):  # a Gaussian is separable: first along the columns, then along the rows
+            size = images.shape[dim]
+            blurred = sum(per_image(tap) * blurred.narrow(dim, i, size) for i, tap in enumerate(kernel.unbind(1)))
+        return images.index_copy(0, rows, blurred)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = TF.rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, factor).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(TF.rgb_to_grayscale(images), images, factor).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
+    """Turn the hue by `factor` of the full circle, through HSV, where a channel's value depends on the distance of the
+    hue to the channel's own: it is the highest up to 60 degrees, the lowest from 120 on, and linear between.
+    """
+    r, g, b = images.split(1, dim=1)  # [B, 1, H, W] each
+    low, high = images.amin(1, keepdim=True), images.amax(1, keepdim=True)
+    chroma = high - low
+    divisor = torch.where(chroma > 0, chroma, 1)  # grey has no hue; any will do
+    hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)  # in units of 60 degrees
+    hue = torch.where(high == r, (g - b) / divisor, hue) + 6 * factor
+    distance = hue - torch.tensor([0.0, 2.0, 4.0], device=images.device).view(1, 3, 1, 1)  # [B, 3, H, W]
+    distance = (distance - 6 * (distance / 6).round_()).abs_()  # around the circle, in [0, 3]
+    return high - chroma * (distance - 1).clamp_(0, 1)
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # numbered as in torchvision
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """torchvision's RandomApply([ColorJitter(brightness, contrast, saturation, hue)], p), in random order per image."""
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    p: float = 1.0
+
+    def __post_init__(self):
+        require(min(self.brightness, self.contrast, self.saturation) >= 0, f"{self}: strengths must be at least 0")
+        require(0 <= self.hue <= 0.5, f"hue must be in [0, 0.5] of the circle, not {self.hue}")
+        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
+
+    def ranges(self) -> list[tuple[float, float]]:
+        """Lowest and highest factor of each adjustment."""
+        strengths = (self.brightness, self.contrast, self.saturation)
+        return [*((max(0, 1 - s), 1 + s) for s in strengths), (-self.hue, self.hue)]
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """applied [n]; order [n, 4], the numbers of the adjustments from first to last; factors [n, 4], by number."""
+        applied = torch.rand(n, generator=rng) < self.p
+        order = torch.rand(n, 4, generator=rng).argsort(1)
+        factors = [torch.empty(n).uniform_(low, high, generator=rng) for low, high in self.ranges()]
+        return applied, order, torch.stack(factors, 1)
+
+    def apply(self, images: Tensor, applied: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+        images = images.clone()
+        for turn in order.unbind(1):
+            for number, (adjust, (low, high)) in enumerate(zip(ADJUSTMENTS, self.ranges())):
+                if low < high:  # as in torchvision, an adjustment of strength 0 is left out
+                    rows = (applied & (turn == number)).nonzero().squeeze(1)
+                    images[rows] = adjust(images[rows], per_image(factors[rows, number]))
+        return images
 
 
 # ----------------------------------------------------------------------------------------------------------- network
 
 
 class ConvNet(nn.Module):
-    """The report's network (its Figure 10): five blocks of Conv2d 3x3, [BatchNorm2d], MaxPool2d, ReLU, [Dropout], then Linear.
+    """The report's network, its Figure 10.
 
-    [B, 3, 32, 32] -> logits [B, 10]. 7,678,474 parameters, 7,682,826 with batch norm.
+    Five blocks of Conv2d 3x3, [BatchNorm2d], MaxPool2d, ReLU, [Dropout], then Linear: [B, 3, 32, 32] -> logits [B, 10].
+    7,678,474 parameters, 7,682,826 with batch norm.
     """
 
     def __init__(self, batch_norm: bool = False, dropout: float = 0.0):
@@ -232,7 +404,7 @@ class ConvNet(nn.Module):
 
 
 def init_linear(model: nn.Module) -> None:
-    """The exercise's initialisation: the weights of every nn.Linear ~ N(0, 1e-3), its bias 0; the rest stays PyTorch's."""
+    """The exercise's initialisation: every nn.Linear has weights ~ N(0, 1e-3) and bias 0; the rest stays PyTorch's."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1e-3)
@@ -248,21 +420,31 @@ def parameter_table(model: nn.Module) -> list[dict]:
     """One row per layer with parameters: PyTorch's count beside the report's formula.
 
     Conv2d: (K * K * C_in + 1) * C_out, formula (1); Linear: N_out * (N_in + 1), formula (2). The report has none for
-    BatchNorm2d: 2 * C, a scale and a shift per channel.
+    batch norm: 2 * C, a scale and a shift per channel.
     """
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            formula = (module.kernel_size[0] * module.kernel_size[1] * module.in_channels + 1) * module.out_channels
-        elif isinstance(module, nn.Linear):
-            formula = module.out_features * (module.in_features + 1)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            formula = 2 * module.num_features
-        else:
-            continue
-        count = sum(p.numel() for p in module.parameters())
-        rows.append({"layer": name, "type": type(module).__name__, "parameters": count, "formula": formula})
-    return rows
+    formulas = {
+        nn.Conv2d: lambda m: (m.kernel_size[0] * m.kernel_size[1] * m.in_channels + 1) * m.out_channels,
+        nn.Linear: lambda m: m.out_features * (m.in_features + 1),
+        nn.modules.batchnorm._BatchNorm: lambda m: 2 * m.num_features,
+    }
+    return [
+        {
+            "layer": name,
+            "type": type(module).__name__,
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "formula": formula(module),
+        }
+        for name, module in model.named_modules()
+        for kind, formula in formulas.items()
+        if isinstance(module, kind)
+    ]
+
+
+def describe(model: nn.Module) -> str:
+    """The printed network (the report's Figure 10) and its parameters, layer by layer."""
+    lines = [str(model), "", f"{'layer':<16}{'type':<14}{'PyTorch':>12}{'formula':>12}"]
+    lines += ["{layer:<16}{type:<14}{parameters:>12,}{formula:>12,}".format(**row) for row in parameter_table(model)]
+    return "\n".join([*lines, f"{'trainable parameters':<30}{count_parameters(model):>12,}", ""])
 
 
 def first_filters(model: nn.Module) -> Tensor | None:
@@ -279,7 +461,7 @@ def first_filters(model: nn.Module) -> Tensor | None:
 
 
 def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed blocks: else every step returns its activations to the kernel and faults them in again.
+    """Tell glibc's malloc to keep freed blocks, else every step returns its activations to the kernel and back.
 
     Call before the first large allocation. Without glibc nothing happens.
     """
@@ -298,6 +480,8 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one process per GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -307,9 +491,8 @@ def choose_device(name: str) -> torch.device:
         or not available.get(device.type)
         or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
     ):
-        raise UserError(
-            f"--device {name} is not there; on this machine: {', '.join(kind for kind, there in available.items() if there)}"
-        )
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"--device {name} is not there; on this machine: {there}")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -362,36 +545,36 @@ def best_epoch(accuracies: Sequence[float]) -> int:
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
 ) -> float:
-    """One pass over `split`; returns the mean of the training loss as it was met on the way. Raises UserError when it is not finite."""
+    """One pass over `split`; returns the mean of the training loss as it was met on the way.
+
+    Raises UserError when the loss is not finite.
+    """
     device = split.labels.device
     model.train()
     order = torch.randperm(len(split), generator=generator(settings.seed, epoch, "order"))
     rng = generator(settings.seed, epoch, "augment")
-    torch.manual_seed(stream_seed(settings.seed, epoch, "dropout"))
-    total = torch.zeros((), device=device)
-    for step, index in enumerate(order.split(settings.batch_size)):
-        images, labels = split.batch(index, settings, rng)
+    torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
+    total, seen = torch.zeros((), device=device), 0
+    for step, index in enumerate(order.split(settings.batch_size), 1):
+        images, labels = split.batch(index, settings, rng, my_part(len(index)))
         with autocast(settings, device):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / len(index)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
         optimizer.step()
-        total += loss.detach() * len(labels)
+        total += loss.detach() * len(index)
+        seen += len(index)
         progress.update(len(index))
-        if step % 20 == 19:  # reading the loss makes a GPU wait: not at every step
-            progress.set_postfix_str(
-                f"train {require_finite(total, epoch) / ((step + 1) * settings.batch_size):.3f}", refresh=False
-            )
-    return require_finite(total, epoch) / len(split)
-
-
-def require_finite(loss: Tensor, epoch: int) -> float:
-    if not math.isfinite(value := loss.item()):
-        raise UserError(
-            f"the training loss became {value} in epoch {epoch}; the checkpoint of epoch {epoch - 1} is kept: lower the learning rate or try --precision fp32"
-        )
-    return value
+        if step % 20 == 0 or seen == len(split):  # reading the loss makes a GPU wait: not at every step
+            mean = sum_over_ranks(total.clone()).item() / seen
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"the training loss became {mean} in epoch {epoch}; the checkpoint of epoch {epoch - 1} is kept: "
+                    "lower the learning rate or try --precision fp32"
+                )
+            progress.set_postfix_str(f"train {mean:.3f}", refresh=False)
+    return mean
 
 
 @torch.no_grad()
@@ -400,15 +583,16 @@ def evaluate(model: nn.Module, split: Split, settings: Settings) -> tuple[float,
     was_training = model.training
     model.eval()
     device = split.labels.device
-    total, predictions = torch.zeros((), device=device), []
+    total, predictions = torch.zeros((), device=device), torch.zeros(len(split), dtype=torch.uint8, device=device)
     for index in torch.arange(len(split)).split(settings.batch_size):
-        images, labels = split.batch(index, settings)
+        part = my_part(len(index))
+        images, labels = split.batch(index, settings, part=part)
         with autocast(settings, device):
             logits = model(images)
         total += F.cross_entropy(logits.float(), labels, reduction="sum")
-        predictions.append(logits.argmax(1))
+        predictions[index[part].to(device)] = logits.argmax(1).to(torch.uint8)
     model.train(was_training)
-    return total.item() / len(split), torch.cat(predictions).to(torch.uint8).cpu()
+    return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
@@ -419,47 +603,43 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) -> dict:
     """Follow the run's trajectory from its checkpoint at `path`, if there is one, until the run's rule ends it.
 
-    After every epoch the checkpoint is replaced, so an interrupted run loses at most the epoch it was in, and no epoch is ever trained twice.
-    What the run's rule could ask for later is recorded when the epoch passes: the test predictions and the first layer's filters.
-    Returns the checkpoint: settings, environment, history (one dict per epoch), predictions [E, N] uint8, filters
-    [E + 1, C, 3, K, K] (the first are those before training), model, best (the weights of the best validation accuracy), optimizer.
+    After every epoch the checkpoint is replaced: an interrupted run loses at most the epoch it was in, and no epoch is
+    ever trained twice. What any rule could ask for later is recorded when the epoch passes, the test predictions and
+    the first layer's filters, so that every rule can be read from the trajectory. Returns the checkpoint:
+      settings, environments    what shaped the weights; where the epochs were trained
+      history                   one dict per epoch
+      predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
+      model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, Adam's
     """
     settings = run.settings
+    if settings.patience is not None and not len(data["validation"]):
+        raise UserError(f"{run.name}: patience needs validation images, and there are none")
     torch.manual_seed(stream_seed(settings.seed, 0, "init"))
     model = (run.build or build_convnet)(settings).to(device, memory_format=torch.channels_last)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
+        parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda")
     )
-    here = environment(device, settings)
-    if path.exists():
-        state = load_checkpoint(path, settings)
+    state = together(lambda: load_checkpoint(path, settings) if path.exists() else None, only_first=True)
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        filters = first_filters(model)
-        state = {
-            "settings": settings.trajectory(),
-            "environments": [],
-            "history": [],
-            "predictions": [],
-            "filters": [] if filters is None else [filters],
-            "best": None,
-        }
-    history = state["history"]
+        state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": [], "filters": []}
+        if (filters := first_filters(model)) is not None:
+            state["filters"].append(filters)
+    history, images = state["history"], len(data["train"])
+    here = environment(device, settings)
+    network = distribute(model, device)
 
-    images = len(data["train"])
     progress = tqdm(
         total=settings.epochs * images,
         initial=len(history) * images,
-        desc=f"{run.name} seed {settings.seed}",
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
         smoothing=0.02,
-        disable=None,
+        disable=True if rank() else None,
     )
     with progress:
         while stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience) is None:
@@ -468,28 +648,31 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
             lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            train_loss = train_epoch(model, optimizer, data["train"], settings, epoch, progress)
-            trained = time.perf_counter()
+            train_loss = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
+            speed = images / (time.perf_counter() - start)
+            for buffer in model.buffers():  # the first process's running statistics, for all
+                if world_size() > 1:
+                    torch.distributed.broadcast(buffer, 0)
             validation_loss, predictions = evaluate(model, data["validation"], settings)
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "validation_loss": validation_loss,
-                    "validation_accuracy": accuracy(predictions, data["validation"].labels),
-                    "lr": lr,
-                }
-            )
+            entry = {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "validation_loss": validation_loss,
+                "validation_accuracy": accuracy(predictions, data["validation"].labels),
+                "lr": lr,
+            }
+            history.append(entry)
             state["predictions"].append(evaluate(model, data["test"], settings)[1])
             if state["filters"]:
                 state["filters"].append(first_filters(model))
             if best_epoch([h["validation_accuracy"] for h in history]) == epoch:
                 state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            if not state["environments"] or {**state["environments"][-1], "from_epoch": 0} != {**here, "from_epoch": 0}:
+            if not state["environments"] or here.items() - state["environments"][-1].items():
                 state["environments"].append({**here, "from_epoch": epoch})
-            history[-1]["seconds"] = round(time.perf_counter() - start, 2)
-            save_checkpoint(path, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            report_epoch(progress, run.name, settings, history, images / (trained - start))
+            entry["seconds"] = round(time.perf_counter() - start, 2)
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            together(lambda: save_checkpoint(path, state), only_first=True)
+            report_epoch(progress, run.name, settings, history, speed)
     return state
 
 
@@ -500,10 +683,11 @@ def report_epoch(progress: tqdm, name: str, settings: Settings, history: list[di
         f"train {last['train_loss']:.3f} val {last['validation_loss']:.3f} acc {last['validation_accuracy']:.1f} %"
     )
     progress.set_postfix_str(numbers)
-    if progress.disable:
+    if progress.disable and rank() == 0:
         left = (settings.epochs - last["epoch"]) * statistics.median(h["seconds"] for h in history)
         print(
-            f"{name} seed {settings.seed} epoch {last['epoch']}/{settings.epochs}: {numbers}, {speed:.0f} img/s, at most {duration(left)} left",
+            f"{name} seed {settings.seed} epoch {last['epoch']}/{settings.epochs}: {numbers}, {speed:.0f} img/s, "
+            f"at most {duration(left)} left",
             file=sys.stderr,
             flush=True,
         )
@@ -518,25 +702,97 @@ def build_convnet(settings: Settings) -> nn.Module:
     return ConvNet(settings.batch_norm, settings.dropout)
 
 
+# Several processes, under torchrun. Alone, rank is 0 and the world 1, and the functions below do nothing.
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def my_part(n: int) -> slice:
+    """This process's part of a batch of n."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """In place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def together(function: Callable, only_first: bool = False):
+    """Call `function` in every process, or only in the first, for all. A UserError in any process is raised in all."""
+    value, error = None, None
+    if not (only_first and rank()):
+        try:
+            value = function()
+        except UserError as raised:
+            error = str(raised)
+    if world_size() > 1:
+        errors, values = [None] * world_size(), [value]
+        torch.distributed.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+        if only_first:
+            torch.distributed.broadcast_object_list(values)
+            value = values[0]
+    if error:
+        raise UserError(error)
+    return value
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes."""
+    if world_size() == 1:
+        return model
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if batch_norm and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif batch_norm:
+        tell(
+            "batch norm: every process normalises with its own part of the batch; the numbers differ from one process's"
+        )
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[None]:
+    """Join the other processes when launched by torchrun: nccl on CUDA, else gloo; the cores are shared evenly."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.distributed.init_process_group("nccl" if choose_device(device).type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def environment(device: torch.device, settings: Settings) -> dict:
     """What the numbers may depend on beyond the settings."""
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain string, else weights_only refuses the checkpoint
         "torchvision": torchvision.__version__,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{cpu}, {os.cpu_count()} cores"
         if device.type == "cpu"
         else device.type,
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
     }
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside the target and rename: whatever happens, `path` holds the old content or the new, whole. Raises UserError."""
+    """Write beside the target and rename: `path` holds the old content or the new, whole. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -559,7 +815,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, settings: Settings) -> dict:
-    """The checkpoint at `path`. Raises UserError where it is damaged or belongs to other settings; it is left in place."""
+    """The checkpoint at `path`. Raises UserError where it is damaged or of other settings; it is left in place."""
     advice = "it is left as it is; start over with --fresh, which keeps it beside the new one as .old"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
@@ -577,16 +833,23 @@ def load_checkpoint(path: Path, settings: Settings) -> dict:
 
 
 @contextmanager
-def trajectory_lock(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the trajectory's lock file; yields whether it was to be had. The lock of a killed process is free again."""
+def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; yields whether it was to be had. The lock of a killed process is free again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
+    with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
             yield True
+
+
+@contextmanager
+def trajectory_lock(path: Path, wait: bool) -> Iterator[bool]:
+    """The lock of the checkpoint at `path`, held by the first process for all of a run."""
+    with ExitStack() as stack:
+        yield together(lambda: stack.enter_context(file_lock(path.with_suffix(".lock"), wait)), only_first=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -601,7 +864,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 
 def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
-    """The test numbers of one set of weights. On the sample `first_1000` and `all_10000` hold fewer images: see `images`."""
+    """The test numbers of one set of weights. On the sample `first_1000` and `all_10000` are fewer: see `images`."""
 
     def proportion(correct: Tensor) -> dict:
         interval = wilson_interval(int(correct.sum()), len(correct))
@@ -657,7 +920,7 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
 
 
 def write_result(folder: Path, result: dict, state: dict) -> None:
-    """seed<N>.json, and seed<N>_filters.npz with the first layer's filters before training, at the best and at the last epoch."""
+    """seed<N>.json, and seed<N>_filters.npz: the first layer before training, at the best and at the last epoch."""
     text = json.dumps(result, indent=2)
     text = re.sub(
         r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text
@@ -692,6 +955,18 @@ def load_result(path: Path) -> dict:
     return result
 
 
+def load_filters(folder: Path, result: dict) -> dict[str, np.ndarray] | None:
+    """The run's saved first-layer filters: before, best, last. None where its network has none. Raises UserError."""
+    path = folder / f"seed{result['seed']}_filters.npz"
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in ("before", "best", "last")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or delete it and run again") from error
+
+
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
@@ -704,11 +979,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 def title(result: dict, text: str) -> str:
     """Figures of the sample say so."""
     sample = "SAMPLE (not CIFAR-10's full size): " if result["settings"]["data"] != "cifar10" else ""
-    return f"{sample}{result['question']} {result['run']}: {text}"
+    return f"{sample}{result['question']} {result['run']}".rstrip() + f": {text}"
 
 
 def plot_curve(axes, results: list[dict], name: str, label: str, **style) -> None:
-    """One history entry over epochs: the mean over seeds, with a band of one standard deviation where there are several."""
+    """One history entry over epochs: the mean over seeds; of several, a band of one standard deviation too."""
     epochs = min(len(r["history"]) for r in results)
     values = np.array([[h[name] for h in r["history"][:epochs]] for r in results])  # [seeds, epochs]
     x, mean = np.arange(1, epochs + 1), values.mean(0)
@@ -718,13 +993,28 @@ def plot_curve(axes, results: list[dict], name: str, label: str, **style) -> Non
         axes.fill_between(x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def new_axes(heading: str, ylabel: str, xlabel: str = "epoch"):
-    """A figure with one set of axes in the house style; returns both."""
-    figure = Figure(figsize=(7.5, 4.5))
-    axes = figure.add_subplot(title=heading, xlabel=xlabel, ylabel=ylabel)
+def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def new_axes(heading: str, ylabel: str):
+    """A figure with one set of axes over epochs; returns both."""
+    figure = Figure(figsize=(7.5, 4.5))
+    axes = figure.add_subplot(title=heading)
+    style_axes(axes, ylabel)
     return figure, axes
+
+
+def new_panels(result: dict, heading: str):
+    """A figure with two panels over epochs, for losses and for accuracies; returns it and both axes."""
+    figure = Figure(figsize=(14, 4.8))
+    losses, accuracies = figure.subplots(1, 2)
+    style_axes(losses, "cross entropy")
+    style_axes(accuracies, "validation accuracy (%)")
+    figure.suptitle(title({**result, "run": ""}, heading))
+    return figure, (losses, accuracies)
 
 
 def plot_losses(results: list[dict]) -> Figure:
@@ -738,25 +1028,21 @@ def plot_losses(results: list[dict]) -> Figure:
 
 
 def plot_accuracy(results: list[dict]) -> Figure:
-    """Validation accuracy over epochs, the best epoch of every seed marked, and the report's number where it prints one."""
+    """Validation accuracy over epochs, every seed's best epoch marked, and the report's number where it prints one."""
     figure, axes = new_axes(title(results[0], "validation accuracy"), "accuracy (%)")
     plot_curve(axes, results, "validation_accuracy", "validation", color="tab:orange")
-    for i, result in enumerate(results):
-        best, value = result["best_epoch"], result["history"][result["best_epoch"] - 1]["validation_accuracy"]
-        axes.plot(best, value, "o", color="tab:red", label=None if i else "best epoch")
-        if len(results) == 1:
-            axes.annotate(
-                f"{value:.1f} % at epoch {best}", (best, value), (0, 8), textcoords="offset points", ha="center"
-            )
+    for result in results:
+        best = result["best_epoch"]
+        value = result["history"][best - 1]["validation_accuracy"]
+        axes.plot(best, value, "o", color="tab:red", label=f"seed {result['seed']}: best {value:.1f} %, epoch {best}")
     if isinstance(reported := results[0]["reported"].get("validation"), float):
         axes.axhline(reported, color="gray", linestyle=":", label=f"report: {reported:.1f} %")
-    axes.margins(y=0.12)
     axes.legend(loc="lower right")
     return figure
 
 
 def plot_confusion(results: list[dict]) -> Figure:
-    """Confusion matrix of the best weights on all test images, summed over seeds; each row in percent of its true class."""
+    """Confusion matrix of the best weights on all test images, summed over seeds; rows in percent of the true class."""
     counts = sum(np.array(r["test"]["best"]["confusion"]) for r in results)
     percent = 100 * counts / counts.sum(1, keepdims=True)
     figure = Figure(figsize=(7, 6))
@@ -798,7 +1084,7 @@ def filter_grid(weight: np.ndarray, scale: float, columns: int = 16) -> np.ndarr
 
 
 def visualize_filters(weights: dict[str, np.ndarray], heading: str = "") -> Figure:
-    """First-layer filters [C_out, 3, K, K] as numbered grids of 16 columns, one panel per entry of `weights`, side by side.
+    """First-layer filters [C_out, 3, K, K] as numbered grids of 16 columns, one panel per entry of `weights`.
 
     All panels share one scale: grey is 0 and a full colour the 99.8th percentile of the absolute weights of all panels.
     """
@@ -812,7 +1098,23 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str = "") -> Figu
         axes.set_title(f"{name} (grey = 0, full colour = ±{scale:.2f})", fontsize=10)
         axes.axis("off")
     figure.suptitle(heading, y=0.97)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=4)
+    return figure
+
+
+def preview(augment: tuple, images: Tensor, heading: str) -> Figure:
+    """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
+    figure = Figure(figsize=(11, 1.3 * len(images)))
+    settings, rng = Settings(augment=augment, mean=(0.0,) * 3, std=(1.0,) * 3), generator(0, 1, "augment")
+    grid = figure.subplots(len(images), 9)
+    split, index = Split(images, torch.zeros(len(images))), torch.arange(len(images))
+    for column, axes in enumerate(grid.T):
+        drawn, _ = split.batch(index, settings, rng if column else None)
+        for ax, image in zip(axes, drawn.clamp(0, 1)):
+            ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            ax.axis("off")
+        axes[0].set_title(f"draw {column}" if column else "original", fontsize=9)
+    figure.suptitle(heading, fontsize=10)
     return figure
 
 
@@ -821,18 +1123,269 @@ def plot_run(results: list[dict], folder: Path) -> None:
     save_figure(plot_losses(results), folder / "losses.png")
     save_figure(plot_accuracy(results), folder / "accuracy.png")
     save_figure(plot_confusion(results), folder / "confusion.png")
-    path = folder / f"seed{results[0]['seed']}_filters.npz"
-    if path.exists():
-        try:
-            saved = np.load(path, allow_pickle=False)
-            before, after = saved["before"], saved["best"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}): restore it, or delete it and run again") from error
-        both = {"before training": before, f"after, epoch {results[0]['best_epoch']}": after}
-        save_figure(visualize_filters(both, title(results[0], "first-layer filters")), folder / "filters.png")
+    if filters := load_filters(folder, results[0]):
+        panels = {"before training": filters["before"], f"after, epoch {results[0]['best_epoch']}": filters["best"]}
+        save_figure(visualize_filters(panels, title(results[0], "first-layer filters")), folder / "filters.png")
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the report's ten conclusions, and what decides it: comparisons of two runs, its own criterion, or both."""
+
+    number: int
+    text: str  # the report's sentence
+    comparisons: tuple[tuple[str, str], ...] = ()  # (better, worse): run names
+    criterion: Callable[[dict, Path], dict | None] | None = None  # of all results and their folder; None: not run
+
+
+def paired_difference(better: list[dict], worse: list[dict], resamples: int = 4000) -> dict:
+    """Difference in test accuracy (percentage points) of two runs on the same images, with a 95 % bootstrap interval.
+
+    Every resample draws test images with replacement and, where there are several seeds, seeds too; the interval is
+    that of the percentiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The images are
+    taken as a sample of all images one could ask about. With one seed the interval does not hold the noise of training:
+    another seed could move the difference outside it. With few seeds it is only a rough measure of that noise.
+    """
+    seeds = sorted({r["seed"] for r in better} & {r["seed"] for r in worse})
+    if not seeds:
+        return {"verdict": "not run"}
+    by_seed = [{r["seed"]: correct_images(r["test"]["best"]).astype(np.int8) for r in runs} for runs in (better, worse)]
+    difference = np.stack([by_seed[0][s] - by_seed[1][s] for s in seeds])  # [seeds, images], -1, 0 or 1
+    rng = np.random.default_rng(0)
+    count, images = difference.shape
+    means = [
+        difference[rng.integers(count, size=count)].mean(0)[rng.integers(images, size=images)].mean()
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    verdict = "holds" if low > 0 else "does not hold" if high < 0 else "within noise"
+    interval = [round(100 * float(v), 2) for v in (low, high)]
+    return {
+        "difference": round(100 * float(difference.mean()), 2),
+        "ci95": interval,
+        "seeds": count,
+        "verdict": verdict,
+    }
+
+
+def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
+    """The verdict on a claim: holds, does not hold, within noise, or not run, and the evidence for it.
+
+    A claim of several parts holds where all do, and does not where one is reversed beyond noise.
+    """
+    parts = []
+    for better, worse in claim.comparisons:
+        part = {"better": better, "worse": worse, **paired_difference(results.get(better, []), results.get(worse, []))}
+        part["evidence"] = f"{better} − {worse}: not run"
+        if "difference" in part:
+            seeds = f"{part['seeds']} seeds" if part["seeds"] > 1 else "one seed: training noise not included"
+            low, high = part["ci95"]
+            part["evidence"] = (
+                f"{better} − {worse}: {part['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}], {seeds}"
+            )
+        parts.append(part)
+    if claim.criterion:
+        parts.append(claim.criterion(results, folder) or {"verdict": "not run", "evidence": ""})
+    verdicts = [part["verdict"] for part in parts]
+    verdict = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
+    evidence = "; ".join(part["evidence"] for part in parts if part["evidence"])
+    return {"claim": claim.number, "report": claim.text, "verdict": verdict, "evidence": evidence, "parts": parts}
+
+
+def overfits(results: list[dict]) -> dict | None:
+    """Criterion of "overfits", for every seed: at the end the validation loss is more than 5 % above its lowest value,
+    while the training loss has fallen since.
+    """
+    if not results:
+        return None
+    holds, evidence = [], []
+    for result in results:
+        history = result["history"]
+        low, last = min(history, key=lambda h: h["validation_loss"]), history[-1]
+        holds.append(last["validation_loss"] > 1.05 * low["validation_loss"] and last["train_loss"] < low["train_loss"])
+        evidence.append(
+            f"seed {result['seed']}: validation loss lowest in epoch {low['epoch']} ({low['validation_loss']:.3f}), "
+            f"{last['validation_loss']:.3f} in epoch {last['epoch']}; "
+            f"training loss {low['train_loss']:.3f} to {last['train_loss']:.3f}"
+        )
+    return {"verdict": "holds" if all(holds) else "does not hold", "evidence": "; ".join(evidence)}
+
+
+def about_equal(one: str, other: str, results: dict[str, list[dict]], margin: float) -> dict | None:
+    """Criterion of "makes no difference": the 95 % interval of the paired difference lies within +-`margin` points."""
+    if one not in results or other not in results:
+        return None
+    found = paired_difference(results[one], results[other])
+    low, high = found["ci95"]
+    verdict = (
+        "holds"
+        if -margin < low and high < margin
+        else "within noise"
+        if low < margin and high > -margin
+        else "does not hold"
+    )
+    evidence = (
+        f"{one} − {other}: {found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}], within ±{margin:g}?"
+    )
+    return {"verdict": verdict, "evidence": evidence}
+
+
+def loss_gap(results: list[dict]) -> float:
+    """Validation loss minus training loss in the last epoch, mean over seeds: the gap the report's curves show."""
+    return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
+
+
+def smoothness(filters: np.ndarray) -> np.ndarray:
+    """Share of every 3x3 filter's energy in its three smoothest patterns, [C_out] in [0, 1]; white noise has 1/3.
+
+    The patterns are those of the two-dimensional cosine transform: constant, horizontal ramp, vertical ramp; of nine.
+    """
+    basis = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])  # orthonormal DCT-II of length 3
+    energy = (np.einsum("ui,vj,ncij->ncuv", basis, basis, filters) ** 2).sum(1)  # [C_out, 3, 3]
+    return (energy[:, 0, 0] + energy[:, 0, 1] + energy[:, 1, 0]) / energy.sum((1, 2))
+
+
+def filters_become_smooth(results: list[dict], folder: Path) -> dict | None:
+    """Criterion of "white noise before, patterns after": `smoothness` is 1/3 before training, within its 95 % interval
+    over filters, and has risen after, beyond the interval of the difference.
+    """
+    if not results or not (filters := load_filters(folder, results[0])):
+        return None
+    shares = {name: smoothness(filters[name].astype(float)) for name in ("before", "best")}
+    rng = np.random.default_rng(0)
+    resampled = rng.integers(len(shares["best"]), size=(4000, len(shares["best"])))
+    intervals = {name: np.percentile(100 * share[resampled].mean(1), [2.5, 97.5]) for name, share in shares.items()}
+    rise = np.percentile((shares["best"] - shares["before"])[resampled].mean(1), [2.5, 97.5])
+    noise = intervals["before"][0] <= 100 / 3 <= intervals["before"][1]
+    verdict = "does not hold" if rise[1] < 0 else "holds" if noise and rise[0] > 0 else "within noise"
+    text = [
+        f"{100 * shares[n].mean():.1f} % [{intervals[n][0]:.1f}, {intervals[n][1]:.1f}]" for n in ("before", "best")
+    ]
+    evidence = f"energy in the three smoothest of nine patterns (white noise 33.3 %): before {text[0]}, after {text[1]}"
+    return {"verdict": verdict, "evidence": evidence}
+
+
+# ----------------------------------------------------------------------------------------------------------- gallery
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """ "80.7", or with several seeds "80.7 ± 0.3" (standard deviation)."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table_row(name: str, results: list[dict], reported: dict) -> list[str]:
+    """A run's line in the tables: the report's numbers beside ours; "-" stands for what is not there."""
+    report = [str(reported.get(k, "-")) for k in ("validation", "test")]
+    if not results:
+        return [name, "-", "-", f"{report[0]} / -", f"{report[1]} / -", "-", "-"]
+    best = [r["test"]["best"] for r in results]
+    interval = (
+        f" [{best[0]['all_10000']['ci95'][0]:.1f}, {best[0]['all_10000']['ci95'][1]:.1f}]" if len(best) == 1 else ""
+    )
+    validation = [r["history"][r["best_epoch"] - 1]["validation_accuracy"] for r in results]
+    return [
+        name,
+        ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in results),
+        f"{len(results)}",
+        f"{report[0]} / {mean_and_deviation(validation)}",
+        f"{report[1]} / {mean_and_deviation([b['first_1000']['accuracy'] for b in best])}",
+        f"{mean_and_deviation([b['all_10000']['accuracy'] for b in best], 2)}{interval}",
+        duration(sum(h["seconds"] for r in results for h in r["history"])),
+    ]
+
+
+TABLE_HEAD = [
+    "run",
+    "best epoch",
+    "seeds",
+    "validation: report / ours",
+    "first 1,000 test: report / ours",
+    "all 10,000 [95 %]",
+    "time",
+]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + " --- |" * len(rows[0]), *body]
+
+
+def gallery_section(
+    question: "Question",
+    results: dict[str, list[dict]],
+    table: list[list[str]],
+    verdicts: list[dict],
+    figures: Sequence[str],
+) -> str:
+    """A question's part of the gallery, as Markdown, from its results alone."""
+    reported, rows = {run.name: run.reported for run in question.runs}, [TABLE_HEAD]
+    for name in [*reported, *(name for name in results if name not in reported)]:
+        found = results.get(name, [])
+        row = table_row(name, found, reported.get(name) or (found[0]["reported"] if found else {}))
+        rows.append([f"[{name}]({question.name}/{name}/seed{found[0]['seed']}.json)", *row[1:]] if found else row)
+    lines = [f"## {question.title}", "", *markdown_table(rows), ""]
+    if table:
+        lines += [*markdown_table(table), ""]
+    if verdicts:
+        judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
+        lines += [*markdown_table([["claim", "the report says", "verdict", "measured"], *judged]), ""]
+    lines += [f"![{name}]({question.name}/{name})\n" for name in figures]
+    for name in results:
+        kinds = ("losses", "accuracy", "filters", "confusion")
+        images = [f"![{name} {kind}]({question.name}/{name}/{kind}.png)" for kind in kinds]
+        lines += [
+            f"<details><summary>{name}: curves, filters, confusion matrix</summary>",
+            "",
+            *images,
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_gallery(root: Path, name: str, section: str, sample: bool) -> None:
+    """Put a question's section into README.md under `root`; the other questions' sections stay as they are."""
+    path = root / "README.md"
+    with file_lock(root / ".gallery.lock"):
+        old = path.read_text() if path.exists() else ""
+        sections = dict(re.findall(r"<!-- (q\d) -->\n(.*?)<!-- end q\d -->", old, re.DOTALL)) | {name: section}
+        body = "\n".join(f"<!-- {n} -->\n{text}<!-- end {n} -->\n" for n, text in sorted(sections.items()))
+        write_atomic(path, ((SAMPLE_HEAD if sample else "") + GALLERY_HEAD + body).encode())
+
+
+SAMPLE_HEAD = "# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10\n\n"
+GALLERY_HEAD = """# The report and ours, side by side
+
+Written by the question scripts from the JSON files beside it; do not edit. Accuracies are in percent and belong to the
+weights of the best validation epoch. The report gives test accuracies on the first 1,000 test images; the brackets are
+the 95 % Wilson interval on all 10,000. With several seeds: mean ± standard deviation. "-" has not been run, or the
+report prints no number. A comparison *holds* or *does not hold* where the 95 % interval of the paired difference
+excludes zero; else it is *within noise*.
+
+"""
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a question script declares."""
+
+    name: str  # its folder in results/
+    title: str
+    doc: str  # the script's docstring: its manual, shown by --help
+    runs: Sequence[Run]
+    claims: Sequence[Claim] = ()
+    figures: Callable[[dict[str, list[dict]]], dict[str, Figure]] | None = None  # of all results, by file name
+    table: Callable[[dict[str, list[dict]]], list[list[str]]] | None = None  # of all results: a head and rows
+    options: dict[str, dict] = field(default_factory=dict)  # its own options: arguments of add_argument
+    configure: Callable[[Sequence[Run], argparse.Namespace], Sequence[Run]] | None = None  # the runs, as those ask
 
 
 class Parser(argparse.ArgumentParser):
@@ -847,9 +1400,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def make_parser(doc: str) -> Parser:
-    """The options all four scripts share; those that are settings take their help from `Settings`."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(question: Question) -> Parser:
+    """The options all four scripts share, and the question's own; the help of settings comes from `Settings`."""
+    parser = Parser(description=question.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings = {f.name: f.metadata.get("help") for f in dataclasses.fields(Settings)}
     parser.add_argument("--list", action="store_true", help="show every run, its state and the time left, and exit")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs (names as in --list)")
@@ -863,22 +1416,25 @@ def make_parser(doc: str) -> Parser:
     parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "results", help="default results/")
     parser.add_argument("--checkpoint-dir", type=Path, default=ROOT / "checkpoints", help="default checkpoints/")
+    parser.add_argument("--preview", action="store_true", help="draw what each run's augmentation does, train nothing")
+    for name, arguments in question.options.items():
+        parser.add_argument(name, **arguments)
     return parser
 
 
-def select_runs(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
+def select_runs(question: Question, args: argparse.Namespace, precision: str) -> list[Run]:
     """The runs asked for, with the command line's settings. A run at another number of epochs has another name."""
+    runs = question.configure(question.runs, args) if question.configure else question.runs
     if unknown := set(args.only or ()) - {run.name for run in runs}:
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(r.name for r in runs)}")
     selected = []
     for run in runs:
-        if args.only and run.name not in args.only:
-            continue
         epochs = min(run.settings.epochs, SAMPLE_EPOCHS) if args.sample else run.settings.epochs
         name = run.name if args.epochs in (None, epochs) else f"{run.name}_{args.epochs}epochs"
         data = "cifar10-sample" if args.sample else "cifar10"
-        settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=args.precision, data=data)
-        selected.append(dataclasses.replace(run, name=name, settings=settings))
+        settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=precision, data=data)
+        if not args.only or run.name in args.only:
+            selected.append(dataclasses.replace(run, name=name, settings=settings))
     return selected
 
 
@@ -892,33 +1448,10 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def load_results(folder: Path, run: Run) -> list[dict]:
-    """The results of a run, one per seed, in order of seeds; empty where it has none yet."""
-    paths = [p for p in (folder / run.name).glob("seed*.json") if re.fullmatch(r"seed\d+\.json", p.name)]
+def load_results(folder: Path) -> list[dict]:
+    """The results in a run's folder, one per seed, in order of seeds; empty where it has none yet."""
+    paths = [p for p in folder.glob("seed*.json") if re.fullmatch(r"seed\d+\.json", p.name)]
     return sorted((load_result(path) for path in paths), key=lambda r: r["seed"])
-
-
-def print_parameters(model: nn.Module) -> None:
-    print(f"{'layer':<16}{'type':<14}{'PyTorch':>12}{'formula':>12}")
-    for row in parameter_table(model):
-        print(f"{row['layer']:<16}{row['type']:<14}{row['parameters']:>12,}{row['formula']:>12,}")
-    print(f"{'trainable parameters':<30}{count_parameters(model):>12,}")
-
-
-def print_results(folder: Path, runs: Sequence[Run]) -> None:
-    """The runs' numbers beside the report's, in percent."""
-    print(
-        f"\n{'run':<28}{'seed':>4}{'epochs':>7}{'best':>5}{'val':>7}{'test 1000':>10}{'test all':>9}  {'95 %':<13}report"
-    )
-    for run in runs:
-        for r in load_results(folder, run):
-            test, best = r["test"]["best"], r["best_epoch"]
-            low, high = test["all_10000"]["ci95"]
-            reported = ", ".join(f"{k} {v}" for k, v in r["reported"].items()) or "-"
-            print(
-                f"{run.name:<28}{r['seed']:>4}{len(r['history']):>7}{best:>5}{r['history'][best - 1]['validation_accuracy']:>7.1f}"
-                f"{test['first_1000']['accuracy']:>10.1f}{test['all_10000']['accuracy']:>9.2f}  {low:.1f} - {high:<6.1f}{reported}"
-            )
 
 
 def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
@@ -927,104 +1460,136 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
     for run in runs:
         for seed in range(args.seeds):
             settings = dataclasses.replace(run.settings, seed=seed)
-            path = args.checkpoint_dir / f"{settings.key()}.pt"
+            path, history = args.checkpoint_dir / f"{settings.key()}.pt", []
             try:
-                history = torch.load(path, weights_only=True, mmap=True)["history"] if path.exists() else []
-                result = (folder / run.name / f"seed{seed}.json").exists()
-                last = stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience)
-                state = (
-                    "done"
-                    if result
-                    else "trained, not written"
-                    if last
-                    else f"epoch {len(history)}"
-                    if history
-                    else "not started"
-                )
-                rows.append(
-                    (run.name, seed, settings.epochs, state, 0 if result or last else settings.epochs - len(history))
-                )
-                seconds += [h["seconds"] for h in history]
-            except Exception as error:  # as in load_checkpoint
-                rows.append((run.name, seed, settings.epochs, f"damaged checkpoint ({type(error).__name__})", 0))
-    epoch_seconds = statistics.median(seconds) if seconds else math.nan
+                if path.exists():
+                    history = torch.load(path, weights_only=True, mmap=True)["history"]
+            except Exception:  # as in load_checkpoint
+                rows.append((run.name, seed, settings.epochs, "damaged checkpoint", 0))
+                continue
+            seconds += [h["seconds"] for h in history]
+            done = (folder / run.name / f"seed{seed}.json").exists()
+            if done or stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience):
+                rows.append((run.name, seed, settings.epochs, "done" if done else "trained, result not written", 0))
+            else:
+                state = f"epoch {len(history)}" if history else "not started"
+                rows.append((run.name, seed, settings.epochs, state, settings.epochs - len(history)))
     for name, seed, epochs, state, left in rows:
-        time_left = (
-            f"at most {duration(left * epoch_seconds)} left"
-            if left and seconds
-            else f"{left} epochs left"
-            if left
-            else ""
-        )
-        print(f"{name:<28} seed {seed}  {epochs:>3} epochs  {state:<22}{time_left}")
+        time_left = f"at most {duration(left * statistics.median(seconds))} left" if seconds else f"{left} epochs left"
+        print(f"{name:<28} seed {seed}  {epochs:>3} epochs  {state:<20}{time_left if left else ''}".rstrip())
 
 
 def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
     """Train what is missing of every run and seed, and write its result as soon as it is there."""
     keep_large_blocks()
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    require_writable(args.output_dir)
-    require_writable(args.checkpoint_dir)
-    data = load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
-    data = {part: split.to(device) for part, split in data.items()}
-    shown = set()
+
+    def load() -> dict[str, Split]:
+        require_writable(args.checkpoint_dir)
+        return load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
+
+    together(lambda: load() and None, only_first=True)  # one process downloads
+    data = {part: split.to(device) for part, split in together(load).items()}
     queue = [
-        dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=seed, precision=precision))
+        dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=seed))
         for run in runs
         for seed in range(args.seeds)
     ]
-    renewed, busy = set(), 0
+    shown, renewed, busy = set(), set(), 0
     while queue:
         run = queue.pop(0)
-        settings = run.settings
-        path = args.checkpoint_dir / f"{settings.key()}.pt"
+        path = args.checkpoint_dir / f"{run.settings.key()}.pt"
         with trajectory_lock(path, wait=busy > len(queue)) as mine:
             if not mine:  # another process trains it: do the others first, then wait for it
-                print(
-                    f"{run.name} seed {settings.seed} is being trained by another process; coming back to it",
-                    file=sys.stderr,
-                )
+                tell(f"{run.name} seed {run.settings.seed} is being trained by another process; coming back to it")
                 queue.append(run)
                 busy += 1
                 continue
             busy = 0
-            if args.fresh and path not in renewed and path.exists():
+            if args.fresh and path not in renewed and path.exists() and rank() == 0:
                 os.replace(path, path.with_suffix(".old"))
             renewed.add(path)
-            model = (run.build or build_convnet)(settings)
-            if (table := str(parameter_table(model))) not in shown:
-                print_parameters(model)
-                shown.add(table)
+            network = describe((run.build or build_convnet)(run.settings))
+            if network not in shown and rank() == 0:
+                print(network)
+            shown.add(network)
             state = train(run, data, device, path)
-        write_result(folder / run.name, read_run(question, run, state, data["test"].labels), state)
-        plot_run(load_results(folder, run), folder / run.name)
+        if rank() == 0:
+            write_atomic(folder / run.name / "network.txt", network.encode())
+            write_result(folder / run.name, read_run(question, run, state, data["test"].labels), state)
 
 
-def run_question(question: str, doc: str, runs: Sequence[Run], argv: Sequence[str] | None = None) -> None:
-    """The main program of a question script: parse the command line, train, write results and figures."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def preview_runs(runs: Sequence[Run], folder: Path) -> None:
+    """--preview: one figure for every run with an augmentation, on bundled images."""
+    images = load_sample()["train"].images[[3, 11, 25, 40]]
+    for run in runs:
+        if run.settings.augment:
+            heading = f"{run.name}: {', '.join(map(repr, run.settings.augment))}"
+            save_figure(preview(run.settings.augment, images, heading), folder / run.name / "preview.png")
+            print(folder / run.name / "preview.png")
+    if not any(run.settings.augment for run in runs):
+        raise UserError("--preview: none of these runs has an augmentation")
+
+
+def tell(message: str) -> None:
+    """A line on standard error, from one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def write_question(question: Question, folder: Path, sample: bool) -> None:
+    """Figures, claims.json, the gallery's section and the tables on the screen, from the question's results alone."""
+    names = [run.name for run in question.runs]
+    others = sorted(p.name for p in folder.glob("*/") if p.name not in names)
+    results = {name: found for name in [*names, *others] if (found := load_results(folder / name))}
+    for name, found in results.items():
+        plot_run(found, folder / name)
+    figures = question.figures(results) if question.figures else {}
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    verdicts = [judge(claim, results, folder) for claim in question.claims]
+    write_atomic(folder / "claims.json", (json.dumps(verdicts, indent=2, ensure_ascii=False) + "\n").encode())
+    table = question.table(results) if question.table else []
+    write_gallery(
+        folder.parent, question.name, gallery_section(question, results, table, verdicts, list(figures)), sample
+    )
+
+    reported = {run.name: run.reported for run in question.runs}
+    rows = [TABLE_HEAD, *(table_row(n, found, reported.get(n) or found[0]["reported"]) for n, found in results.items())]
+    for lines in (rows, table):
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        print("".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in lines))
+    for verdict in verdicts:
+        print(f"claim {verdict['claim']}: {verdict['report']}\n  {verdict['verdict']}. {verdict['evidence']}".rstrip())
+    print(f"\nfigures and numbers: {folder}/, gallery: {folder.parent / 'README.md'}")
+
+
+def run_question(question: Question, argv: Sequence[str] | None = None) -> None:
+    """The main program of a question script: parse the command line, train, write results, figures and gallery."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args = make_parser(doc).parse_args(argv)
-        selected = select_runs(runs, args)
-        folder = args.output_dir / ("sample" if args.sample else "") / question
-        if args.list:
-            return list_runs(selected, args, folder)
-        if args.replot:
-            require_writable(args.output_dir)
-            for run in selected:
-                if results := load_results(folder, run):
-                    plot_run(results, folder / run.name)
-        else:
-            train_runs(question, selected, args, folder)
-        print_results(folder, selected)
-        print(f"\nfigures and numbers: {folder}/")
+        args = make_parser(question).parse_args(argv)
+        with processes(args.device):
+            selected = select_runs(question, args, choose_precision(args.precision, choose_device(args.device)))
+            folder = args.output_dir / ("sample" if args.sample else "") / question.name
+            if args.list:
+                return list_runs(selected, args, folder)
+            together(lambda: require_writable(args.output_dir), only_first=True)
+            if args.preview:
+                return preview_runs(selected, folder)
+            if not args.replot:
+                train_runs(question.name, selected, args, folder)
+            together(lambda: write_question(question, folder, args.sample), only_first=True)
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted; finished epochs are kept, the same command goes on after the last of them", 130))
+    except RuntimeError as error:  # gloo and nccl report a lost process as one
+        if not re.search("gloo|NCCL|peer", str(error)):
+            raise
+        sys.exit(fail("lost another process of this run; finished epochs are kept, the same command goes on", 2))
 
 
 def fail(message: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tell(f"{Path(sys.argv[0]).name}: {message}")
     return code

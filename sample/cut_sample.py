@@ -1,8 +1,9 @@
 """Cuts the bundled sample out of the official CIFAR-10: `python sample/cut_sample.py --data-dir data`.
 
-Each part is class-balanced and drawn from the respective official part (training from the first 49,000 training images,
-validation from the last 1,000, test from the test images), and written as one lossless PNG contact sheet, COLUMNS images
-to a row. `index.json` keeps, for every image of a sheet in reading order, its label and its number in the official part.
+Each part is class-balanced and drawn from the respective official part (training from the first 49,000 training
+images, validation from the last 1,000, test from the test images), and written as one lossless PNG contact sheet,
+SAMPLE_COLUMNS images to a row. `index.json` keeps, for every image of a sheet in reading order, its label and its
+number in the official part.
 """
 
 import argparse
@@ -11,11 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from torchvision.io import write_png
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import SAMPLE_COLUMNS, find_data_dir, load_cifar10  # noqa: E402
+from common import SAMPLE_COLUMNS, UserError, fail, find_data_dir, load_cifar10  # noqa: E402
 
 PER_CLASS = {"train": 150, "validation": 20, "test": 50}  # 2,200 images, 4.8 MB
 
@@ -30,8 +31,8 @@ def cut_sample(data_dir: Path, folder: Path = HERE, seed: int = 0) -> None:
             np.concatenate([rng.choice(np.flatnonzero(labels == c), PER_CLASS[part], replace=False) for c in range(10)])
         )
         images = split.images[chosen]  # [n, 3, 32, 32]
-        sheet = images.view(-1, SAMPLE_COLUMNS, 3, 32, 32).permute(2, 0, 3, 1, 4).reshape(3, -1, SAMPLE_COLUMNS * 32)
-        write_png(sheet, str(folder / f"{part}.png"), compression_level=9)
+        sheet = images.view(-1, SAMPLE_COLUMNS, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(-1, SAMPLE_COLUMNS * 32, 3)
+        Image.fromarray(sheet.numpy()).save(folder / f"{part}.png", optimize=True)
         index[part] = {"labels": labels[chosen].tolist(), "official_index": chosen.tolist()}
     (folder / "index.json").write_text(json.dumps(index) + "\n")
 
@@ -39,4 +40,7 @@ def cut_sample(data_dir: Path, folder: Path = HERE, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)")
-    cut_sample(find_data_dir(parser.parse_args().data_dir))
+    try:
+        cut_sample(find_data_dir(parser.parse_args().data_dir))
+    except UserError as error:
+        sys.exit(fail(str(error), 2))

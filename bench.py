@@ -1,0 +1,353 @@
+"""How fast, against the plain loop everyone writes.
+
+    python bench.py                          # on CIFAR-10, downloaded into data/ where it is missing
+    python bench.py --sample                 # the same on the bundled images: no download
+    python bench.py --rounds 20 --steps 100  # for a GPU, where a step takes milliseconds
+
+The plain loop, written out in `plain_loop`, is the one of the tutorials: torchvision's CIFAR10 through a DataLoader,
+PIL images, float32, NCHW, the default Adam, `loss.item()` at every step. Ours is `common.train_epoch`, set up as the
+question scripts do. Each has a process of its own and starts from the same weights; after a warm-up they take turns.
+
+Printed: the machine, and two tables.
+- Training, without and with batch norm: ms per step (median over rounds) and images/s of both; how many times faster
+  ours is (median, least and greatest of the rounds' ratios); the peak memory of each process (on CUDA: of its tensors;
+  else all of it, Python and libraries included, the DataLoader's workers left out); the share of our step that is spent
+  outside the network, on data and logging.
+- Augmentation: ms per batch of 200, torchvision's on PIL images one by one in one process, and ours; the share of our
+  training step that ours would take.
+
+Two CPU cores need some 20 minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from common import (
+    ColorJitter,
+    ConvNet,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    Parser,
+    RandomCrop,
+    Settings,
+    Split,
+    UserError,
+    build_convnet,
+    choose_device,
+    choose_precision,
+    environment,
+    fail,
+    find_data_dir,
+    generator,
+    keep_large_blocks,
+    load_cifar10,
+    load_sample,
+    positive,
+    stream_seed,
+    train_epoch,
+)
+
+LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
+SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
+WARM_UP_STEPS = 3
+BLUR = {"kernel_size": 3, "sigma": (0.1, 2.0)}
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+CROP_FLIP = (RandomCrop(padding=4), HorizontalFlip(p=0.5))
+PIL_CROP_FLIP = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(0.5)]
+GRAY_BLUR_JITTER = (Grayscale(p=0.2), GaussianBlur(**BLUR, p=0.5), ColorJitter(**JITTER, p=0.4))
+PIL_GRAY_BLUR_JITTER = [
+    T.RandomGrayscale(0.2),
+    T.RandomApply([T.GaussianBlur(**BLUR)], 0.5),
+    T.RandomApply([T.ColorJitter(**JITTER)], 0.4),
+]
+AUGMENTATIONS = [  # name, ours, torchvision's
+    ("crop + flip", CROP_FLIP, PIL_CROP_FLIP),
+    ("crop, flip, gray, blur, jitter", CROP_FLIP + GRAY_BLUR_JITTER, PIL_CROP_FLIP + PIL_GRAY_BLUR_JITTER),
+]
+
+
+def timed(function: Callable, device: torch.device, spent: list[float]) -> Callable:
+    """`function`, adding the seconds of every call to the list `spent`."""
+
+    def read_clock() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    def wrapper(*args, **kwargs):
+        start = read_clock()
+        result = function(*args, **kwargs)
+        spent.append(read_clock() - start)
+        return result
+
+    return wrapper
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of this process; on CUDA, of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --------------------------------------------------------------------------------------------------------- two loops
+
+
+class SampleImages(Dataset):
+    """The bundled training images as torchvision's CIFAR10 would give them."""
+
+    def __init__(self, transform: Callable):
+        split = load_sample()["train"]
+        self.images, self.labels = [to_pil_image(image) for image in split.images], split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def plain_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+    """The baseline. Returns train(steps)."""
+    transform = T.Compose([T.ToTensor(), T.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+    sample = settings.data == "cifar10-sample"
+    dataset = SampleImages(transform) if sample else CIFAR10(find_data_dir(data_dir), transform=transform)
+    loader = DataLoader(
+        dataset, batch_size=200, shuffle=True, num_workers=LOADER_WORKERS, persistent_workers=True, drop_last=True
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
+    model = ConvNet(settings.batch_norm).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-3)
+
+    def train(steps: int) -> None:
+        model.train()
+        running_loss = 0.0
+        for images, labels in itertools.islice(batches, steps):
+            images, labels = images.to(device), labels.to(device)
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+
+    return train
+
+
+def our_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+    """What `common.train` sets up. Returns train(steps, outside); `outside` gets the seconds of data and logging."""
+    keep_large_blocks()
+    choose_device(str(device))  # for what it sets in this process
+    data = load_sample() if settings.data == "cifar10-sample" else load_cifar10(find_data_dir(data_dir))
+    data = {part: split.to(device) for part, split in data.items()}
+    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
+    model = build_convnet(settings).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    epochs = itertools.count(1)
+
+    def train(steps: int, outside: list[float] | None = None) -> None:
+        images, labels = data["train"].images, data["train"].labels
+        with open(os.devnull, "w") as nowhere, tqdm(total=steps * settings.batch_size, file=nowhere) as bar:
+            if outside is not None:
+                bar.update = timed(bar.update, device, outside)
+                bar.set_postfix_str = timed(bar.set_postfix_str, device, outside)
+            while steps:  # a turn may be longer than an epoch of the sample
+                part = min(steps, len(labels) // settings.batch_size)
+                split = Split(images[: part * settings.batch_size], labels[: part * settings.batch_size])
+                if outside is not None:
+                    split.batch = timed(split.batch, device, outside)
+                train_epoch(model, optimizer, split, settings, next(epochs), bar)
+                steps -= part
+
+    return train
+
+
+def serve(connection: Connection, make_loop: Callable, settings: Settings, device: torch.device, *args) -> None:
+    """Main program of a loop's process. Every message is (steps, *arguments); the answer (seconds, peak MiB)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    try:
+        train = make_loop(settings, device, *args)
+        while True:
+            steps, measure_outside = connection.recv()
+            seconds, outside = [], []
+            timed(train, device, seconds)(steps, *([outside] if measure_outside else []))
+            time.sleep(SETTLE_SECONDS)
+            connection.send((seconds[0], sum(outside), peak_memory(device)))
+    except UserError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError):  # the parent is done
+        pass
+
+
+@contextmanager
+def process_of(make_loop: Callable, *args) -> Iterator[Callable]:
+    """Start the loop's process; yields turn(steps, measure_outside) -> (seconds, seconds outside, peak MiB)."""
+    context = multiprocessing.get_context("spawn")
+    connection, remote = context.Pipe()
+    process = context.Process(target=serve, args=(remote, make_loop, *args))
+    process.start()
+    remote.close()
+
+    def turn(steps: int, measure_outside: bool = False) -> tuple[float, float, float]:
+        try:
+            connection.send((steps, measure_outside))
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(f"the process of {make_loop.__name__} died; was there enough memory?") from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    try:
+        turn(0)  # returns when all is set up
+        yield turn
+    finally:
+        connection.close()  # a process that waits for its turn ends by itself
+        process.join(3)
+        process.terminate()
+        process.join()
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def measure(settings: Settings, device: torch.device, args: argparse.Namespace, bar: tqdm) -> dict:
+    """One row of the first table. Ours is set up first: it verifies the data, and downloads what is missing."""
+    what = (settings, device, args.data_dir)
+
+    def take(turn: Callable, steps: int, measure_outside: bool = False) -> tuple[float, float, float]:
+        answer = turn(steps, measure_outside)
+        bar.update(steps)
+        return answer
+
+    with process_of(our_loop, *what) as ours, process_of(plain_loop, *what) as plain:
+        take(plain, WARM_UP_STEPS), take(ours, WARM_UP_STEPS)
+        rounds = [(take(plain, args.steps), take(ours, args.steps)) for _ in range(args.rounds)]
+        total, outside, our_memory = take(ours, args.steps, True)  # apart: on a GPU, reading the clock costs time
+    ratios = [p[0] / o[0] for p, o in rounds]
+    return {
+        "network": "ConvNet, batch norm" if settings.batch_norm else "ConvNet",
+        "plain_ms": statistics.median(1000 * p[0] / args.steps for p, _ in rounds),
+        "our_ms": statistics.median(1000 * o[0] / args.steps for _, o in rounds),
+        "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})",
+        "plain_memory": rounds[-1][0][2],
+        "our_memory": our_memory,
+        "outside": outside / total,
+    }
+
+
+def print_training(rows: Sequence[dict], batch_size: int) -> None:
+    print(f"\n{'':<20}{'ms per step':>18}{'images/s':>16}{'times faster':>21}{'peak MiB':>16}{'outside':>10}")
+    pair = f"{'plain':>8}{'ours':>8}"
+    print(f"{'training':<20}  {pair}{pair}{'(min - max)':>21}{pair}{'network':>10}")
+    for r in rows:
+        speeds = [1000 * batch_size / r[k] for k in ("plain_ms", "our_ms")]
+        print(
+            f"{r['network']:<20}{r['plain_ms']:>10.1f}{r['our_ms']:>8.1f}{speeds[0]:>8.0f}{speeds[1]:>8.0f}"
+            f"{r['ratio']:>21}{r['plain_memory']:>8.0f}{r['our_memory']:>8.0f}{r['outside']:>10.2%}"
+        )
+
+
+def augment(images: Tensor, augmentations: tuple, rng: torch.Generator) -> Tensor:
+    """As `Split.batch` does. [B, 3, 32, 32], float in [0, 1]."""
+    for augmentation in augmentations:
+        drawn = augmentation.draw(len(images), rng)
+        images = augmentation.apply(images, *(d.to(images.device) for d in drawn))
+    return images
+
+
+def augment_pil(images: Sequence[Image.Image], transform: Callable) -> list[Image.Image]:
+    """One by one, on one thread, as a DataLoader's worker does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = [transform(image) for image in images]
+    torch.set_num_threads(threads)
+    return images
+
+
+def print_augmentation(rows: Sequence[tuple[str, tuple, list]], images: Tensor, rounds: int, step_ms: float) -> None:
+    """The second table. rows: name, ours, torchvision's; images: one batch, uint8; step_ms: of training without any."""
+    pil, rng = [to_pil_image(image) for image in images.cpu()], generator(0, 1, "augment")
+    title = f"augmenting {len(images)} images"
+    print(f"\n{title:<32}{'PIL ms':>9}{'ours ms':>9}{'times faster':>14}{'of our step':>13}")
+    for name, ours, theirs in rows:
+        seconds = ([], [])
+        for _ in range(WARM_UP_STEPS + rounds):
+            timed(augment_pil, images.device, seconds[0])(pil, T.Compose(theirs))
+            timed(augment, images.device, seconds[1])(images.float().div_(255), ours, rng)
+        pil_ms, our_ms = (1000 * statistics.median(s[WARM_UP_STEPS:]) for s in seconds)
+        share = our_ms / (step_ms + our_ms)
+        print(f"{name:<32}{pil_ms:>9.1f}{our_ms:>9.1f}{pil_ms / our_ms:>14.1f}{share:>13.2%}")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each loop; default 5")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps per turn; default 20")
+    parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download")
+    parser.add_argument("--data-dir", help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    device = choose_device(args.device)
+    data = "cifar10-sample" if args.sample else "cifar10"
+    settings = Settings(data=data, precision=choose_precision("auto", device))
+    here = environment(device, settings)
+    print(
+        f"{here['device']}, {here['threads']} threads; torch {here['torch']}; plain fp32, ours {here['precision']}; "
+        f"rounds x steps {args.rounds} x {args.steps}, batches of {settings.batch_size}, {data}"
+    )
+    networks = [dataclasses.replace(settings, batch_norm=batch_norm) for batch_norm in (False, True)]
+    steps = len(networks) * (2 * WARM_UP_STEPS + (2 * args.rounds + 1) * args.steps)
+    with tqdm(total=steps, desc="bench", unit="step", smoothing=0, dynamic_ncols=True, disable=None) as bar:
+        rows = [measure(network, device, args, bar) for network in networks]
+    print_training(rows, settings.batch_size)
+    keep_large_blocks()
+    train = (load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))["train"]
+    print_augmentation(AUGMENTATIONS, train.images[: settings.batch_size].to(device), args.rounds, rows[0]["our_ms"])
+
+
+def main() -> None:
+    try:
+        run(make_parser().parse_args())
+    except UserError as error:
+        sys.exit(fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Question 3: twelve augmentations and six dropout rates.
+
+    python q3_augment_dropout.py                             # 19 runs of 30 epochs
+    python q3_augment_dropout.py --only crop_flip            # one of them
+    python q3_augment_dropout.py --sample                    # the bundled images
+    python q3_augment_dropout.py --preview                   # look at what every augmentation does, train nothing
+    python q3_augment_dropout.py --dropout 0.7 0.9           # further dropout rates
+
+The report: crop + flip (84.6 %) and the full mixture (83.0 %) are the best augmentations; dropout helps a little at
+0.1 (83.5 %) and ruins the network at 0.6 (51.6 %). The baseline is question 1's network at 30 epochs: the same
+trajectory, continued.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import (
+    Claim,
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    Question,
+    RandomCrop,
+    Run,
+    Settings,
+    about_equal,
+    loss_gap,
+    paired_difference,
+    plot_curve,
+    run_question,
+    style_axes,
+    title,
+)
+
+CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.2)
+BLUR = GaussianBlur(kernel_size=3, sigma=(0.1, 2.0), p=0.5)  # assumed: the report does not say
+JITTER = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.4)
+
+AUGMENTATIONS = {  # run: augmentation, the report's validation and test accuracy (percent)
+    "flip_p0.1": ((HorizontalFlip(p=0.1),), 82.5, 81.7),
+    "flip_p0.3": ((HorizontalFlip(p=0.3),), 84.3, 82.6),
+    "flip_p0.5": ((HorizontalFlip(p=0.5),), 84.7, 83.0),
+    "flip_p0.7": ((HorizontalFlip(p=0.7),), 84.4, 83.8),
+    "flip_p0.9": ((HorizontalFlip(p=0.9),), 83.1, 78.7),
+    "crop": ((CROP,), 82.7, 82.9),
+    "crop_flip": ((CROP, FLIP), 85.0, 84.6),
+    "grayscale": ((GRAY,), 80.7, 79.0),
+    "crop_flip_gray": ((CROP, FLIP, GRAY), 82.0, 81.6),
+    "color_jitter": ((JITTER,), 82.1, 81.1),
+    "crop_flip_gray_blur": ((CROP, FLIP, GRAY, BLUR), 82.9, 81.8),
+    "crop_flip_gray_blur_jitter": ((CROP, FLIP, GRAY, BLUR, JITTER), 84.9, 83.0),
+}
+DROPOUT = {0.1: 83.5, 0.2: 80.5, 0.3: 79.9, 0.4: 76.0, 0.5: 69.0, 0.6: 51.6}  # rate: the report's test accuracy
+FLIPS = [name for name in AUGMENTATIONS if name.startswith("flip")]
+
+
+def dropout_run(rate: float) -> Run:
+    return Run(
+        f"dropout_{rate:g}", Settings(epochs=30, dropout=rate), {"test": DROPOUT[rate]} if rate in DROPOUT else {}
+    )
+
+
+RUNS = [
+    Run("baseline", Settings(epochs=30)),
+    *(
+        Run(name, Settings(epochs=30, augment=augment), {"validation": validation, "test": test})
+        for name, (augment, validation, test) in AUGMENTATIONS.items()
+    ),
+    *map(dropout_run, DROPOUT),
+]
+
+
+def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) -> dict | None:
+    """Criterion: of all these runs, `name` has the smallest gap between training and validation loss (`loss_gap`)."""
+    if not all(n in results for n in [name, *others]):
+        return None
+    gaps = {n: loss_gap(results[n]) for n in [name, *others]}
+    verdict = "holds" if min(gaps, key=gaps.get) == name else "does not hold"
+    return {"verdict": verdict, "evidence": "loss gap " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())}
+
+
+def two_best(results: dict[str, list[dict]], folder: Path) -> dict | None:
+    """Criterion of claim 8: the lesser of the two beats the best of the others (`paired_difference`)."""
+    if not all(name in results for name in AUGMENTATIONS):
+        return None
+    accuracy = {n: np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results[n]]) for n in AUGMENTATIONS}
+    named = ["crop_flip", "crop_flip_gray_blur_jitter"]
+    lesser = min(named, key=accuracy.get)
+    rival = max((n for n in AUGMENTATIONS if n not in named), key=accuracy.get)
+    found = paired_difference(results[lesser], results[rival])
+    ranking = ", ".join(f"{n} {accuracy[n]:.2f}" for n in sorted(accuracy, key=accuracy.get, reverse=True)[:4])
+    evidence = f"best four: {ranking}; {lesser} − {rival}: {found['difference']:+.2f} points, 95 % {found['ci95']}"
+    return {"verdict": found["verdict"], "evidence": evidence}
+
+
+CLAIMS = [
+    Claim(
+        5,
+        "Horizontal flipping helps, best near p=0.5 to 0.7, and p=0.9 hurts.",
+        (("flip_p0.5", "baseline"), ("flip_p0.7", "baseline"), ("flip_p0.5", "flip_p0.1"), ("baseline", "flip_p0.9")),
+    ),
+    Claim(
+        6,
+        "Random crop helps; crop + flip is best of the simple ones "
+        "and narrows the gap between training and validation.",
+        (("crop", "baseline"), ("crop_flip", "crop"), ("crop_flip", "flip_p0.5"), ("crop_flip", "flip_p0.7")),
+        criterion=lambda results, folder: narrowest_gap("crop_flip", ["crop", "flip_p0.5", "baseline"], results),
+    ),
+    Claim(
+        7,
+        "Grayscale alone barely helps or hurts.",
+        criterion=lambda results, folder: about_equal("grayscale", "baseline", results, margin=2.0),
+    ),
+    Claim(
+        8,
+        "The full mixture (crop, flip, gray, blur, jitter) and crop + flip are the best augmentations.",
+        criterion=two_best,
+    ),
+    Claim(
+        9,
+        "Dropout helps a little at 0.1 to 0.3, then accuracy falls, to 51.6 % at 0.6; "
+        "0.2 narrows the train/validation gap the most.",
+        (*((f"dropout_{p}", "baseline") for p in (0.1, 0.2, 0.3)), ("dropout_0.3", "dropout_0.6")),
+        criterion=lambda results, folder: narrowest_gap(
+            "dropout_0.2", [f"dropout_{p}" for p in DROPOUT if p != 0.2], results
+        ),
+    ),
+]
+
+
+def rate(text: str) -> float:
+    """Type of --dropout."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a rate between 0 and 1, not '{text}'")
+    return value
+
+
+def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
+    """The report's runs, and one for every other dropout rate asked for."""
+    return [*runs, *(dropout_run(p) for p in args.dropout if p not in DROPOUT)]
+
+
+def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading: str, xlabel: str) -> Figure:
+    """Test accuracy over a rate, all images with their intervals, beside the report's numbers and the baseline."""
+    there = {x: results[name] for x, name in points.items() if name in results}
+    figure = Figure(figsize=(7.5, 4.5))
+    axes = figure.add_subplot(title=title({**next(iter(there.values()))[0], "run": ""}, heading))
+    style_axes(axes, "test accuracy (%)", xlabel)
+    means = [np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in found]) for found in there.values()]
+    bounds = np.array(
+        [np.mean([r["test"]["best"]["all_10000"]["ci95"] for r in found], axis=0) for found in there.values()]
+    )
+    axes.errorbar(list(there), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label="ours, 10,000 images, 95 %")
+    reported = {x: found[0]["reported"]["test"] for x, found in there.items() if "test" in found[0]["reported"]}
+    axes.plot(list(reported), list(reported.values()), "x", color="gray", label="report, 1,000 images")
+    if "baseline" in results:
+        value = np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results["baseline"]])
+        axes.axhline(value, color="tab:green", linestyle=":", label=f"baseline {value:.1f} %")
+    axes.xaxis.get_major_locator().set_params(integer=False)
+    axes.legend()
+    return figure
+
+
+def plot_augmentations(results: dict[str, list[dict]]) -> Figure:
+    """Small multiples: losses of every augmentation there is, on common axes."""
+    names = [name for name in ("baseline", *AUGMENTATIONS) if name in results]
+    columns = min(4, len(names))
+    figure = Figure(figsize=(4 * columns, 3 * -(-len(names) // columns)))
+    grid = figure.subplots(-(-len(names) // columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, name in zip(grid, names):
+        style_axes(axes, "cross entropy")
+        plot_curve(axes, results[name], "train_loss", "training", color="tab:blue")
+        plot_curve(axes, results[name], "validation_loss", "validation", color="tab:orange")
+        test = np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results[name]])
+        axes.set_title(f"{name}: test {test:.1f} %", fontsize=10)
+        axes.set_ylim(0, 2)
+    grid[0].legend()
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    figure.suptitle(title({**results[names[0]][0], "run": ""}, "augmentations"))
+    figure.tight_layout()
+    return figure
+
+
+def plot_dropout(results: dict[str, list[dict]], points: dict[float, str]) -> Figure:
+    """The report's Figure 30: validation accuracy over epochs for all dropout rates."""
+    figure = Figure(figsize=(7.5, 4.5))
+    there = {p: results[name] for p, name in points.items() if name in results}
+    axes = figure.add_subplot(
+        title=title({**next(iter(there.values()))[0], "run": ""}, "dropout (the report's Figure 30)")
+    )
+    style_axes(axes, "validation accuracy (%)")
+    for p, found in there.items():
+        plot_curve(axes, found, "validation_accuracy", f"dropout {p:g} (loss gap {loss_gap(found):+.2f})")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
+    """Whatever the runs there are allow."""
+    rates = {0.0: "baseline"} | {r[0]["settings"]["dropout"]: n for n, r in results.items() if n.startswith("dropout")}
+    rates = dict(sorted(rates.items()))
+    drawn = {}
+    if any(name in results for name in AUGMENTATIONS):
+        drawn["augmentations.png"] = plot_augmentations(results)
+    if any(name in results for name in FLIPS):
+        flips = {AUGMENTATIONS[name][0][0].p: name for name in FLIPS}
+        drawn["flip_sweep.png"] = plot_sweep(results, flips, "horizontal flip", "probability of a flip")
+    if any(name in results for name in rates.values()):
+        drawn["dropout_validation.png"] = plot_dropout(results, rates)
+        drawn["dropout_sweep.png"] = plot_sweep(results, rates, "dropout", "dropout rate")
+    return drawn
+
+
+QUESTION = Question(
+    "q3",
+    "Question 3: augmentation and dropout",
+    __doc__,
+    RUNS,
+    CLAIMS,
+    figures,
+    options={
+        "--dropout": {"type": rate, "nargs": "+", "default": [], "metavar": "P", "help": "further dropout rates to run"}
+    },
+    configure=more_dropout,
+)
+
+if __name__ == "__main__":
+    run_question(QUESTION)

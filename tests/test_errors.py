@@ -1,0 +1,191 @@
+"""Bad input: one line on standard error that says what to do, exit code 2, no traceback, nothing lost."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import q1_convnet
+from common import CIFAR10, ROOT, Settings, UserError, find_data_dir, load_checkpoint, write_atomic
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Run question 1 with the given options; it must fail as promised; returns the line it printed."""
+
+    def run(*options, sample=True):
+        folders = ["--output-dir", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "checkpoints")]
+        with pytest.raises(SystemExit) as end:
+            common.run_question(q1_convnet.QUESTION, [*(["--sample"] if sample else []), *folders, *options])
+        captured = capsys.readouterr()
+        assert end.value.code == 2
+        assert len(captured.err.splitlines()) == 1 and "Traceback" not in captured.err
+        assert not list(tmp_path.rglob("*.json"))
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "2.5", "many", "١0x"])
+@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+def test_nonsense_numbers(fails, option, number):
+    assert f"{option}: must be a whole number from 1 up" in fails(f"{option}={number}")
+
+
+def test_unknown_run_lists_the_known(fails):
+    assert "no such run; there are convnet" in fails("--only", "resnet")
+
+
+def test_unknown_option(fails):
+    assert "--help" in fails("--epoch-count", "3")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "gpu7", "meta"])
+def test_device_that_is_not_there(fails, device):
+    assert f"--device {device} is not there; on this machine:" in fails("--device", device)
+
+
+def test_bf16_where_it_is_not_native(fails, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "use --precision fp32 or auto" in fails("--precision", "bf16", "--device", "cpu")
+    assert common.choose_precision("auto", torch.device("cpu")) == "fp32"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_no_data_and_no_network(fails, no_network, tmp_path):
+    line = fails("--data-dir", str(tmp_path / "nothing"), sample=False)
+    assert "could not be downloaded" in line and "--data-dir" in line and "--sample" in line
+
+
+def test_data_dir_comes_from_option_then_environment_then_default(monkeypatch, tmp_path):
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    assert find_data_dir("elsewhere").name == "elsewhere" and find_data_dir() == tmp_path
+    monkeypatch.delenv("CIFAR10_DIR")
+    assert find_data_dir() == ROOT / "data"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "another file"])
+def test_damaged_batch_file(fails, no_network, tmp_path, damage):
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    file = folder / "data_batch_3"
+    real = find_data_dir() / CIFAR10.base_folder / "data_batch_3"
+    content = bytearray(real.read_bytes() if real.exists() else os.urandom(31_035_999))
+    if damage == "truncated":
+        del content[-1000:]
+    elif damage == "altered":
+        content[20_000_000] ^= 1
+    else:
+        content = b"not a batch"
+    file.write_bytes(content)
+    line = fails("--data-dir", str(tmp_path / "data"), sample=False)
+    assert str(file) in line and "delete it and run again" in line
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("option", ["--output-dir", "--checkpoint-dir"])
+def test_folder_that_cannot_be_written(fails, tmp_path, option):
+    (tmp_path / "file").write_text("in the way")
+    assert f"cannot write to {tmp_path / 'file' / 'out'}" in fails(option, str(tmp_path / "file" / "out"))
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    """The file size limit stands in for the full disk: the write fails half way, from the operating system."""
+    target = tmp_path / "checkpoint.pt"
+    target.write_bytes(b"old" * 1000)
+    script = (
+        "import resource, sys, pathlib, common\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try: common.write_atomic(pathlib.Path(sys.argv[1]), bytes(1_000_000))\n"
+        "except common.UserError as error: sys.exit(str(error))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(target)], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        ended.returncode == 1
+        and ended.stderr.startswith(f"cannot write {target}")
+        and len(ended.stderr.splitlines()) == 1
+    )
+    assert target.read_bytes() == b"old" * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
+    for content in (b"one", b"two, longer"):
+        write_atomic(tmp_path / "new" / "file", content)
+        assert (tmp_path / "new" / "file").read_bytes() == content
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A real checkpoint, copied to where a run in `tmp_path` looks for it."""
+    (real,) = (finished[0] / "checkpoints").glob("*.pt")
+    (tmp_path / "checkpoints").mkdir()
+    return shutil.copy(real, tmp_path / "checkpoints" / real.name)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped in a weight", "empty", "not a checkpoint"])
+def test_damaged_checkpoint_is_named_and_kept(fails, checkpoint, damage):
+    content = bytearray(checkpoint.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "bit flipped in a weight":
+        content[len(content) // 2] ^= 16
+    else:
+        content = b"" if damage == "empty" else b"hello"
+    checkpoint.write_bytes(content)
+    line = fails("--epochs", "4")
+    assert f"the checkpoint {checkpoint} is damaged" in line and "--fresh" in line
+    assert checkpoint.read_bytes() == content
+
+
+def test_fresh_starts_over_and_keeps_the_old_checkpoint(checkpoint, tmp_path, capsys):
+    checkpoint.write_bytes(b"damaged")
+    options = [
+        "--sample",
+        "--epochs",
+        "1",
+        "--fresh",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--checkpoint-dir",
+        str(checkpoint.parent),
+    ]
+    common.run_question(q1_convnet.QUESTION, options)
+    assert checkpoint.with_suffix(".old").read_bytes() == b"damaged"
+    assert len(torch.load(checkpoint, weights_only=True)["history"]) == 1
+
+
+def test_checkpoint_of_other_settings(checkpoint):
+    settings = Settings(
+        data="cifar10-sample",
+        precision=torch.load(checkpoint, weights_only=True)["settings"]["precision"],
+        learning_rate=1.0,
+    )
+    with pytest.raises(UserError, match=r"trained with other settings \(learning_rate\).*--fresh"):
+        load_checkpoint(checkpoint, settings)
+
+
+@pytest.mark.parametrize("damage", ["{ truncated", "[]", '{"run": "convnet"}', "accuracy"])
+def test_results_damaged_by_hand(finished, tmp_path, capsys, damage):
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    file = tmp_path / "out/sample/q1/convnet_3epochs/seed0.json"
+    content = file.read_text().replace('"accuracy": ', '"accuracy": "about " ') if damage == "accuracy" else damage
+    file.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.splitlines()) == 1 and f"{file} is damaged" in err
+    assert file.read_text() == content

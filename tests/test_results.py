@@ -1,0 +1,193 @@
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import q1_convnet
+from common import Claim, correct_images, judge, load_result, paired_difference, score, smoothness, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        (81, 263, 25.5275, 36.6201),  # Newcombe 1998, table I: 81 of 263, score interval .2553 to .3662
+        (15, 148, 6.2386, 16.0503),  # 15 of 148: .0624 to .1605
+        (0, 20, 0.0, 16.1125),  # 0 of 20: 0 to .1611
+        (29, 29, 88.3031, 100.0),
+    ],
+)
+def test_wilson_interval_against_published_values(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=0.01)
+
+
+def test_score_counts_what_it_says():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (10_000,), generator=rng)
+    predictions = torch.where(
+        torch.rand(10_000, generator=rng) < 0.8, labels, torch.randint(0, 10, (10_000,), generator=rng)
+    ).to(torch.uint8)
+    scored = score(predictions, labels, epoch=3)
+    right = (predictions == labels).numpy()
+    assert scored["all_10000"]["accuracy"] == pytest.approx(100 * right.mean(), abs=1e-3)
+    assert scored["first_1000"]["accuracy"] == pytest.approx(100 * right[:1000].mean(), abs=1e-3)
+    assert scored["all_10000"]["ci95"] == pytest.approx(wilson_interval(int(right.sum()), 10_000), abs=0.01)
+    np.testing.assert_array_equal(correct_images(scored), right)
+    confusion = np.array(scored["confusion"])
+    np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels, minlength=10))
+    assert confusion[3, 5] == int(((labels == 3) & (predictions == 5)).sum())
+    assert scored["per_class"]["dog"] == pytest.approx(100 * confusion[5, 5] / confusion[5].sum(), abs=0.01)
+
+
+def as_results(correct: np.ndarray) -> list[dict]:
+    """Results of a run with the given correctness, bool [seeds, images]."""
+    labels = torch.zeros(correct.shape[1], dtype=torch.long)
+    return [
+        {"seed": s, "test": {"best": score(torch.from_numpy(np.where(c, 0, 1)), labels, 1)}}
+        for s, c in enumerate(correct)
+    ]
+
+
+def draw(accuracy: float, seeds: int, seed: int, images: int = 10_000) -> np.ndarray:
+    return np.random.default_rng(seed).random((seeds, images)) < accuracy
+
+
+def test_paired_interval_with_one_seed_is_the_closed_form():
+    a, b = draw(0.82, 1, 0), draw(0.80, 1, 1)
+    found = paired_difference(as_results(a), as_results(b))
+    difference = a[0].astype(int) - b[0]
+    error = 1.96 * difference.std() / math.sqrt(difference.size)
+    assert found["difference"] == pytest.approx(100 * difference.mean(), abs=0.01)
+    assert found["ci95"] == pytest.approx(
+        [100 * (difference.mean() - error), 100 * (difference.mean() + error)], abs=0.06
+    )
+
+
+def test_paired_interval_with_seeds_is_brute_force_resampling():
+    a, b = draw(0.82, 3, 2, images=400), draw(0.80, 3, 3, images=400)
+    a[2] |= draw(0.3, 1, 4, images=400)[0]  # seeds that differ
+    rng, means = np.random.default_rng(9), []
+    for _ in range(6000):
+        drawn = np.ix_(rng.choice(3, 3), rng.choice(400, 400))
+        means.append(a[drawn].mean() - b[drawn].mean())
+    found = paired_difference(as_results(a), as_results(b))
+    assert found["seeds"] == 3
+    assert found["ci95"] == pytest.approx(100 * np.percentile(means, [2.5, 97.5]), abs=0.5)
+
+
+def test_pairing_makes_the_interval_narrower():
+    a = draw(0.80, 1, 5)
+    b = a.copy()
+    b[0, np.flatnonzero(a[0])[:100]] = False  # worse on 100 images, equal on all others
+    low, high = paired_difference(as_results(a), as_results(b))["ci95"]
+    assert 0.7 < low < 1.0 < high < 1.3
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"), [(0.85, 0.80, "holds"), (0.80, 0.85, "does not hold"), (0.80, 0.80, "within noise")]
+)
+def test_verdicts(tmp_path, better, worse, verdict):
+    results = {"a": as_results(draw(better, 1, 6)), "b": as_results(draw(worse, 1, 7))}
+    found = judge(Claim(1, "a beats b", (("a", "b"),)), results, tmp_path)
+    assert found["verdict"] == verdict and "training noise not included" in found["evidence"]
+
+
+def test_verdicts_of_several_comparisons(tmp_path):
+    results = {"a": as_results(draw(0.9, 1, 6)), "b": as_results(draw(0.8, 1, 7)), "c": as_results(draw(0.7, 1, 8))}
+
+    def verdict(*comparisons):
+        return judge(Claim(1, "text", comparisons), results, tmp_path)["verdict"]
+
+    assert verdict(("a", "b"), ("b", "c")) == "holds"
+    assert verdict(("a", "b"), ("c", "b")) == "does not hold"
+    assert verdict(("a", "b"), ("b", "missing")) == "not run"
+    assert judge(Claim(1, "text", (("a", "missing"),)), {}, tmp_path)["verdict"] == "not run"
+
+
+def test_overfitting_criterion():
+    def run(train, validation):
+        history = [
+            {"epoch": i, "train_loss": t, "validation_loss": v} for i, (t, v) in enumerate(zip(train, validation), 1)
+        ]
+        return [{"seed": 0, "history": history}]
+
+    assert common.overfits([]) is None
+    assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "holds"
+    assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 0.9, 0.8]))["verdict"] == "does not hold"
+    assert common.overfits(run([2.0, 1.0, 1.1, 1.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "does not hold"  # diverges
+
+
+def test_smoothness_of_known_filters():
+    flat, checkers = np.ones((1, 3, 3, 3)), np.tile([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], (1, 3, 1, 1))
+    ramp = np.tile([[1.0, 0, -1]], (1, 3, 3, 1))
+    assert smoothness(flat) == pytest.approx(1) and smoothness(ramp) == pytest.approx(1)
+    assert smoothness(checkers) == pytest.approx(0, abs=1e-12)
+    noise = np.random.default_rng(0).normal(size=(20_000, 3, 3, 3))
+    assert smoothness(noise).mean() == pytest.approx(1 / 3, abs=0.005)
+
+
+def test_the_command_line_end_to_end(finished):
+    folder, out, err = finished
+    assert "7,678,474" in out and "SAMPLE" in (folder / "out/sample/README.md").read_text()
+    assert len(err.splitlines()) == 3 and "img/s" in err  # not a terminal: one line per epoch
+    run = folder / "out/sample/q1/convnet_3epochs"
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "seed0.json",
+        "seed0_filters.npz",
+        "network.txt",
+        "losses.png",
+        "accuracy.png",
+        "filters.png",
+        "confusion.png",
+    }
+    result = load_result(run / "seed0.json")
+    assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
+    assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {"test": 80.7}
+    assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
+    assert not (folder / "out/q1").exists()  # never among the full results
+    with np.load(run / "seed0_filters.npz", allow_pickle=False) as filters:
+        assert filters["before"].shape == (128, 3, 3, 3)
+        assert not np.array_equal(filters["before"], filters["last"])
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_replot_rebuilds_everything_and_changes_nothing(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    (tmp_path / "out/sample/README.md").unlink()
+    common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == before
+    assert "convnet_3epochs" in capsys.readouterr().out
+
+
+def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
+    common.run_question(q1_convnet.QUESTION, ["--replot", "--output-dir", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "| convnet | - | - | - / - | 80.7 / - | - | - |" in text and "**not run**" in text
+
+
+@pytest.mark.parametrize("question", [q1_convnet.QUESTION], ids=lambda q: q.name)
+def test_the_committed_gallery_is_what_the_results_give(question, tmp_path, capsys):
+    committed = common.ROOT / "results"
+    shutil.copytree(committed, tmp_path / "results", ignore=shutil.ignore_patterns("sample", "*.png"))
+    common.run_question(question, ["--replot", "--output-dir", str(tmp_path / "results")])
+    for name in ("README.md", f"{question.name}/claims.json"):
+        assert (tmp_path / "results" / name).read_bytes() == (committed / name).read_bytes()
+
+
+def test_list_shows_every_runs_state(finished, tmp_path, capsys):
+    folder = finished[0]
+    where = ["--sample", "--list", "--checkpoint-dir", str(folder / "checkpoints"), "--output-dir"]
+    common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3"])
+    assert "done" in capsys.readouterr().out
+    common.run_question(q1_convnet.QUESTION, [*where, str(tmp_path), "--epochs", "5", "--seeds", "2"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "epoch 3 " in first and "left" in first and "not started" in second

@@ -1,0 +1,190 @@
+import dataclasses
+import signal
+
+import pytest
+import torch
+
+from common import (
+    ConvNet,
+    Run,
+    Settings,
+    UserError,
+    best_epoch,
+    evaluate,
+    load_checkpoint,
+    read_run,
+    stopping_epoch,
+    train,
+)
+from conftest import start
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(data="cifar10-sample", precision="fp32", dropout=0.2, epochs=2)
+
+
+def follow(small, folder, **changes):
+    run = Run("test", dataclasses.replace(SETTINGS, **changes))
+    return train(run, small, CPU, folder / f"{run.settings.key()}.pt")
+
+
+def numbers(state):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in state["history"]]
+
+
+def assert_same_training(a, b):
+    """Bit for bit: metrics, predictions, and the weights of the last and of the best epoch."""
+    assert numbers(a) == numbers(b)
+    assert all(map(torch.equal, a["predictions"], b["predictions"]))
+    for name in ("model", "best"):
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+
+
+@pytest.fixture(scope="session")
+def two_epochs(small, tmp_path_factory):
+    """Two epochs in one go: the folder of the checkpoint, and the checkpoint."""
+    folder = tmp_path_factory.mktemp("two")
+    follow(small, folder)
+    return folder, load_checkpoint(folder / f"{SETTINGS.key()}.pt", SETTINGS)
+
+
+def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path):
+    torch.rand(7)  # the global generator's state must not matter
+    assert_same_training(follow(small, tmp_path), two_epochs[1])
+    other = follow(small, tmp_path, seed=1, epochs=1)
+    assert numbers(other)[0]["train_loss"] != numbers(two_epochs[1])[0]["train_loss"]
+
+
+def test_one_epoch_extended_to_two_is_two_in_one_go(small, two_epochs, tmp_path):
+    one = follow(small, tmp_path, epochs=1)
+    assert len(one["history"]) == 1
+    assert_same_training(follow(small, tmp_path, epochs=2), two_epochs[1])
+
+
+def test_no_epoch_is_trained_twice(small, two_epochs):
+    folder, state = two_epochs
+    path = folder / f"{SETTINGS.key()}.pt"
+    written = path.stat().st_mtime_ns
+    for changes in ({"epochs": 1}, {"epochs": 2}, {"epochs": 2, "patience": 5}):
+        again = follow(small, folder, **changes)
+        assert again["history"] == state["history"]
+    assert path.stat().st_mtime_ns == written
+
+
+def test_reading_fewer_epochs_is_having_trained_fewer(small, two_epochs, tmp_path):
+    one = Run("one", dataclasses.replace(SETTINGS, epochs=1))
+    trained = read_run("q1", one, follow(small, tmp_path, epochs=1), small["test"].labels)
+    read = read_run("q1", one, two_epochs[1], small["test"].labels)
+    for result in (trained, read):
+        result["history"][0].pop("seconds", None)
+    assert trained == read
+
+
+def test_the_key_is_what_shapes_the_weights():
+    settings = Settings()
+    assert dataclasses.replace(settings, epochs=50, patience=5).key() == settings.key()
+    for change in (
+        {"seed": 1},
+        {"precision": "fp32"},
+        {"batch_norm": True},
+        {"dropout": 0.1},
+        {"learning_rate": 1e-3},
+        {"augment": ("x",)},
+        {"data": "x"},
+    ):
+        assert dataclasses.replace(settings, **change).key() != settings.key()
+
+
+def test_best_weights_are_a_copy(small, tmp_path):
+    state = follow(small, tmp_path, epochs=2)
+    state["history"][0]["validation_accuracy"] = 101.0  # as if the first epoch had been the best
+    torch.save(state, tmp_path / f"{SETTINGS.key()}.pt")
+    kept = {k: v.clone() for k, v in state["best"].items()}
+    after = follow(small, tmp_path, epochs=3)
+    assert all(torch.equal(after["best"][k], kept[k]) for k in kept)
+    assert not torch.equal(after["model"]["classifier.weight"], kept["classifier.weight"])
+
+
+def test_the_best_weights_give_the_recorded_predictions(small, two_epochs):
+    state = two_epochs[1]
+    model = ConvNet(dropout=0.2).to(memory_format=torch.channels_last)
+    model.load_state_dict(state["best"])
+    _, predictions = evaluate(model, small["test"], SETTINGS)
+    epoch = best_epoch([entry["validation_accuracy"] for entry in state["history"]])
+    assert torch.equal(predictions, state["predictions"][epoch - 1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_alone(small, training):
+    model = ConvNet(batch_norm=True, dropout=0.5).train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first, second = (evaluate(model, small["validation"], SETTINGS) for _ in range(2))
+    assert first[0] == second[0] and torch.equal(first[1], second[1])  # dropout is off
+    assert model.training == training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_path):
+    follow(small, tmp_path, epochs=1)
+    path = tmp_path / f"{SETTINGS.key()}.pt"
+    state = load_checkpoint(path, SETTINGS)
+    state["model"]["classifier.bias"].fill_(float("nan"))
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="nan in epoch 2"):
+        follow(small, tmp_path, epochs=2)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "epochs", "patience", "stop"),
+    [
+        ([50, 60, 70], 3, 1, 3),  # improves to the end
+        ([50, 60, 70], 5, 1, None),  # still improving
+        ([50, 60, 60, 60], 9, 2, 4),  # a tie is no improvement
+        ([50, 40, 30, 20], 9, 3, 4),  # never improves
+        ([50, 40, 60, 55, 54], 9, 2, 5),  # an improvement starts the count again
+        ([50, 60, 59, 58], 4, 2, 4),  # stops exactly at the end
+        ([50, 60, 59, 58, 70], 3, 2, 3),  # a longer trajectory, read to its third epoch
+        ([50, 60, 59, 58, 70], 9, 2, 4),  # what comes after the stop is not seen
+        ([50, 40, 30], 9, None, None),  # no rule
+        ([], 1, 1, None),
+    ],
+)
+def test_stopping_rule(accuracies, epochs, patience, stop):
+    assert stopping_epoch(accuracies, epochs, patience) == stop
+
+
+def test_best_epoch_is_the_first_of_equals():
+    assert best_epoch([10.0, 30.0, 20.0, 30.0]) == 2
+
+
+def test_killed_runs_go_on_to_the_same_end(finished, tmp_path):
+    """SIGTERM in the middle of the second epoch, SIGKILL in the third: the third process ends where one run does."""
+    options = (
+        "--epochs",
+        "3",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--checkpoint-dir",
+        str(tmp_path / "checkpoints"),
+    )
+    for epoch, kill in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
+        process = start(*options)
+        while f"epoch {epoch}/3" not in (line := process.stderr.readline()):  # written when the epoch is over
+            assert line, "the process ended early"
+        process.send_signal(kill)
+        _, err = process.communicate()
+        if kill == signal.SIGTERM:
+            assert process.returncode == 130 and len(err.splitlines()) == 1 and "same command goes on" in err
+        else:
+            assert process.returncode == -signal.SIGKILL
+        assert not list((tmp_path / "out").rglob("*.json"))  # nothing that looks like a result
+    process = start(*options)
+    _, err = process.communicate()
+    assert process.returncode == 0 and "epoch 3/3" in err and "epoch 2/3" not in err
+    uninterrupted, resumed = (next((f / "checkpoints").glob("*.pt")) for f in (finished[0], tmp_path))
+    a, b = (torch.load(path, weights_only=True) for path in (uninterrupted, resumed))
+    assert_same_training(a, b)
+    assert uninterrupted.name == resumed.name
