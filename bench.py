@@ -51,10 +51,10 @@ from common import (
     HorizontalFlip,
     Parser,
     RandomCrop,
+    Run,
     Settings,
     Split,
     UserError,
-    build_convnet,
     choose_device,
     choose_precision,
     environment,
@@ -65,6 +65,7 @@ from common import (
     load_cifar10,
     load_sample,
     positive,
+    prepare,
     stream_seed,
     train_epoch,
 )
@@ -163,14 +164,7 @@ def our_loop(settings: Settings, device: torch.device, data_dir: str | None) -> 
     choose_device(str(device))  # for what it sets in this process
     data = load_sample() if settings.data == "cifar10-sample" else load_cifar10(find_data_dir(data_dir))
     data = {part: split.to(device) for part, split in data.items()}
-    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
-    model = build_convnet(settings).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    model, optimizer = prepare(Run("bench", settings), device)
     epochs = itertools.count(1)
 
     def train(steps: int, outside: list[float] | None = None) -> None:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import io
@@ -23,11 +24,12 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.error
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,7 +112,10 @@ class Run:
     name: str
     settings: Settings = Settings()
     reported: dict = field(default_factory=dict)
-    build: Callable[[Settings], nn.Module] | None = None  # None: `ConvNet`
+
+    def network(self) -> nn.Module:
+        """The network with fresh weights, from PyTorch's global generator."""
+        return ConvNet(self.settings.batch_norm, self.settings.dropout)
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
@@ -172,21 +177,25 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     Raises UserError where the files are damaged, or missing and not to be had.
     """
     folder = data_dir / CIFAR10.base_folder
-    files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    for name, md5 in files:
-        if (folder / name).exists() and not check_integrity(str(folder / name), md5):
-            raise UserError(
-                f"{folder / name} is not the official file (its MD5 differs): "
-                "delete it and run again to download CIFAR-10 anew"
-            )
+    files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
     try:
-        parts = [
-            CIFAR10(data_dir, train=train, download=not all((folder / name).exists() for name, _ in files))
-            for train in (True, False)
-        ]
+        there = [name for name in files if (folder / name).exists()]
+        for name in there:
+            if not check_integrity(str(folder / name), files[name]):
+                raise UserError(
+                    f"{folder / name} is not the official file (its MD5 differs): "
+                    "delete it and run again to download CIFAR-10 anew"
+                )
+        if there and len(there) < len(files):  # torchvision would not miss batches.meta
+            raise UserError(
+                f"{folder} lacks {', '.join(sorted(files.keys() - set(there)))}: "
+                "delete the folder and run again to download CIFAR-10 anew"
+            )
+        with nullcontext() if there else file_lock(data_dir / ".download.lock"):  # one process downloads
+            parts = [CIFAR10(data_dir, train=train, download=not there) for train in (True, False)]
     except (OSError, urllib.error.URLError, RuntimeError) as error:
         raise UserError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): "
+            f"CIFAR-10 is not readable in {data_dir} and could not be downloaded ({error}): "
             f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to it, or use --sample"
         ) from error
     images, labels = zip(
@@ -218,11 +227,6 @@ def load_sample() -> dict[str, Split]:
 # Given its parameters, an image comes out as from the function of torchvision.transforms.v2.functional, to rounding.
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def per_image(values: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1], to broadcast over images."""
     return values.view(-1, 1, 1, 1)
@@ -233,9 +237,6 @@ class HorizontalFlip:
     """torchvision's RandomHorizontalFlip(p)."""
 
     p: float = 0.5
-
-    def __post_init__(self):
-        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.rand(n, generator=rng) < self.p,)
@@ -249,9 +250,6 @@ class RandomCrop:
     """torchvision's RandomCrop(size, padding) to the images' own size: zeros around them, then a window anywhere."""
 
     padding: int = 4
-
-    def __post_init__(self):
-        require(self.padding >= 0, f"padding must be at least 0 pixels, not {self.padding}")
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         top, left = torch.randint(2 * self.padding + 1, (2, n), generator=rng)
@@ -269,9 +267,6 @@ class Grayscale:
 
     p: float = 0.1
 
-    def __post_init__(self):
-        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
-
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.rand(n, generator=rng) < self.p,)
 
@@ -286,11 +281,6 @@ class GaussianBlur:
     kernel_size: int = 3
     sigma: tuple[float, float] = (0.1, 2.0)
     p: float = 0.5
-
-    def __post_init__(self):
-        require(self.kernel_size > 0 and self.kernel_size % 2 == 1, f"kernel_size must be odd, not {self.kernel_size}")
-        require(0 < self.sigma[0] <= self.sigma[1], f"sigma must be two increasing positive numbers, not {self.sigma}")
-        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         return torch.rand(n, generator=rng) < self.p, torch.empty(n).uniform_(*self.sigma, generator=rng)
@@ -347,11 +337,6 @@ class ColorJitter:
     saturation: float = 0.0
     hue: float = 0.0
     p: float = 1.0
-
-    def __post_init__(self):
-        require(min(self.brightness, self.contrast, self.saturation) >= 0, f"{self}: strengths must be at least 0")
-        require(0 <= self.hue <= 0.5, f"hue must be in [0, 0.5] of the circle, not {self.hue}")
-        require(0 <= self.p <= 1, f"p must be in [0, 1], not {self.p}")
 
     def ranges(self) -> list[tuple[float, float]]:
         """Lowest and highest factor of each adjustment."""
@@ -447,14 +432,10 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"{'trainable parameters':<30}{count_parameters(model):>12,}", ""])
 
 
-def first_filters(model: nn.Module) -> Tensor | None:
-    """A copy of the first convolution's weights, [C_out, 3, K, K] float32 on the CPU; None where nothing convolves."""
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (
-        None
-        if convolution is None
-        else convolution.weight.detach().float().cpu().clone(memory_format=torch.contiguous_format)
-    )
+def first_filters(model: nn.Module) -> Tensor:
+    """A copy of the first convolution's weights, [C_out, 3, K, K] float32 on the CPU."""
+    weight = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight
+    return weight.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -480,7 +461,11 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one process per GPU
+    if name == "cuda" and launched():  # one process per GPU
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(
+                f"torchrun: {os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs"
+            )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -568,13 +553,17 @@ def train_epoch(
         progress.update(len(index))
         if step % 20 == 0 or seen == len(split):  # reading the loss makes a GPU wait: not at every step
             mean = sum_over_ranks(total.clone()).item() / seen
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the training loss became {mean} in epoch {epoch}; the checkpoint of epoch {epoch - 1} is kept: "
-                    "lower the learning rate or try --precision fp32"
-                )
+            require_finite(mean, "training", epoch)
             progress.set_postfix_str(f"train {mean:.3f}", refresh=False)
     return mean
+
+
+def require_finite(loss: float, name: str, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} loss became {loss} in epoch {epoch}; the checkpoint of epoch {epoch - 1} is kept: "
+            "lower the learning rate or try --precision fp32"
+        )
 
 
 @torch.no_grad()
@@ -600,6 +589,17 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels.cpu()).sum().item() / len(labels)
 
 
+def prepare(run: Run, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The run's network as its seed initialises it, and its optimiser."""
+    torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
+    model = run.network().to(device, memory_format=torch.channels_last)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = device.type in ("cpu", "cuda")
+    return model, torch.optim.Adam(
+        parameters, run.settings.learning_rate, weight_decay=run.settings.weight_decay, fused=fused
+    )
+
+
 def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) -> dict:
     """Follow the run's trajectory from its checkpoint at `path`, if there is one, until the run's rule ends it.
 
@@ -614,31 +614,25 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     settings = run.settings
     if settings.patience is not None and not len(data["validation"]):
         raise UserError(f"{run.name}: patience needs validation images, and there are none")
-    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
-    model = (run.build or build_convnet)(settings).to(device, memory_format=torch.channels_last)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    state = together(lambda: load_checkpoint(path, settings) if path.exists() else None, only_first=True)
+    model, optimizer = prepare(run, device)
+    state = on_first(lambda: load_checkpoint(path, settings) if path.exists() else None)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": [], "filters": []}
-        if (filters := first_filters(model)) is not None:
-            state["filters"].append(filters)
+        state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": []}
+        state["filters"] = [first_filters(model)]
     history, images = state["history"], len(data["train"])
     here = environment(device, settings)
     network = distribute(model, device)
 
     progress = tqdm(
         total=settings.epochs * images,
-        initial=len(history) * images,
+        initial=min(len(history), settings.epochs) * images,
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
-        smoothing=0.02,
+        smoothing=0,  # the average speed, evaluation included
         disable=True if rank() else None,
     )
     with progress:
@@ -654,6 +648,7 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
                 if world_size() > 1:
                     torch.distributed.broadcast(buffer, 0)
             validation_loss, predictions = evaluate(model, data["validation"], settings)
+            require_finite(validation_loss, "validation", epoch)
             entry = {
                 "epoch": epoch,
                 "train_loss": train_loss,
@@ -663,15 +658,14 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
             }
             history.append(entry)
             state["predictions"].append(evaluate(model, data["test"], settings)[1])
-            if state["filters"]:
-                state["filters"].append(first_filters(model))
+            state["filters"].append(first_filters(model))
             if best_epoch([h["validation_accuracy"] for h in history]) == epoch:
                 state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if not state["environments"] or here.items() - state["environments"][-1].items():
                 state["environments"].append({**here, "from_epoch": epoch})
             entry["seconds"] = round(time.perf_counter() - start, 2)
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            together(lambda: save_checkpoint(path, state), only_first=True)
+            on_first(lambda: save_checkpoint(path, state))
             report_epoch(progress, run.name, settings, history, speed)
     return state
 
@@ -698,10 +692,6 @@ def duration(seconds: float) -> str:
     return tqdm.format_interval(round(seconds))
 
 
-def build_convnet(settings: Settings) -> nn.Module:
-    return ConvNet(settings.batch_norm, settings.dropout)
-
-
 # Several processes, under torchrun. Alone, rank is 0 and the world 1, and the functions below do nothing.
 
 
@@ -725,24 +715,28 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def together(function: Callable, only_first: bool = False):
-    """Call `function` in every process, or only in the first, for all. A UserError in any process is raised in all."""
+def on_all(function: Callable):
+    """What `function` returns in this process. A UserError in any process is raised in all."""
     value, error = None, None
-    if not (only_first and rank()):
-        try:
-            value = function()
-        except UserError as raised:
-            error = str(raised)
+    try:
+        value = function()
+    except UserError as raised:
+        error = str(raised)
     if world_size() > 1:
-        errors, values = [None] * world_size(), [value]
+        errors = [None] * world_size()
         torch.distributed.all_gather_object(errors, error)
         error = next(filter(None, errors), None)
-        if only_first:
-            torch.distributed.broadcast_object_list(values)
-            value = values[0]
     if error:
         raise UserError(error)
     return value
+
+
+def on_first(function: Callable):
+    """What `function` returns in the first process, for all; the others do not call it."""
+    values = [on_all(function if rank() == 0 else lambda: None)]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -759,14 +753,24 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def launched() -> bool:
+    """By torchrun?"""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
-def processes(device: str) -> Iterator[None]:
+def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes when launched by torchrun: nccl on CUDA, else gloo; the cores are shared evenly."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not launched():
         yield
         return
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    torch.distributed.init_process_group("nccl" if choose_device(device).type == "cuda" else "gloo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The first process may wait for a lock, or download, while the others wait for it.
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(days=2)
+    torch.distributed.init_process_group(backend, timeout=patience)
     try:
         yield
     finally:
@@ -793,7 +797,7 @@ def environment(device: torch.device, settings: Settings) -> dict:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside the target and rename: `path` holds the old content or the new, whole. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # folders may be shared
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -816,13 +820,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path, settings: Settings) -> dict:
     """The checkpoint at `path`. Raises UserError where it is damaged or of other settings; it is left in place."""
-    advice = "it is left as it is; start over with --fresh, which keeps it beside the new one as .old"
+    advice = "it is left as it is; --fresh starts over and keeps it beside the new one, as .old1"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
         state = torch.load(path, weights_only=True, map_location="cpu")
         different = [k for k, v in settings.trajectory().items() if state["settings"].get(k) != v]
+        for part in ("environments", "history", "predictions", "filters", "model", "best", "optimizer"):
+            state[part]
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -835,21 +841,17 @@ def load_checkpoint(path: Path, settings: Settings) -> dict:
 @contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file; yields whether it was to be had. The lock of a killed process is free again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-@contextmanager
-def trajectory_lock(path: Path, wait: bool) -> Iterator[bool]:
-    """The lock of the checkpoint at `path`, held by the first process for all of a run."""
     with ExitStack() as stack:
-        yield together(lambda: stack.enter_context(file_lock(path.with_suffix(".lock"), wait)), only_first=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}; is the folder yours to write?") from error
+        yield held
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -899,7 +901,7 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
     accuracies = [h["validation_accuracy"] for h in state["history"]]
     last = stopping_epoch(accuracies, settings.epochs, settings.patience)
     best = best_epoch(accuracies[:last])
-    model = (run.build or build_convnet)(settings)
+    model = run.network()
     environments = [e for e in state["environments"] if e["from_epoch"] <= last]
     return {
         "run": run.name,
@@ -925,46 +927,49 @@ def write_result(folder: Path, result: dict, state: dict) -> None:
     text = re.sub(
         r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text
     )  # innermost lists on one line
-    if state["filters"]:
-        epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: state["filters"][epoch].numpy() for name, epoch in epochs.items()})
-        write_atomic(folder / f"seed{result['seed']}_filters.npz", buffer.getbuffer())
+    epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: state["filters"][epoch].numpy() for name, epoch in epochs.items()})
+    write_atomic(folder / f"seed{result['seed']}_filters.npz", buffer.getbuffer())
     write_atomic(folder / f"seed{result['seed']}.json", (text + "\n").encode())
 
 
 def load_result(path: Path) -> dict:
     """A result as written by `write_result`, checked to hold what figures and tables need. Raises UserError."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if path.stem != f"seed{result['seed']}":
+            raise ValueError(f"it is of seed {result['seed']}")
         for entry in result["history"]:
             for name in ("epoch", "train_loss", "validation_loss", "validation_accuracy", "lr", "seconds"):
                 float(entry[name])
-        result["history"][result["best_epoch"] - 1]
+        if not 1 <= result["best_epoch"] <= len(result["history"]):
+            raise ValueError("its best epoch is not in its history")
         for name in ("best", "last"):
             scored = result["test"][name]
-            float(scored["first_1000"]["accuracy"]), correct_images(scored)
             low, high = scored["all_10000"]["ci95"]
-            float(scored["all_10000"]["accuracy"]), float(low), float(high)
+            float(low), float(high), float(scored["first_1000"]["accuracy"])
             np.array(scored["confusion"], dtype=int).reshape(10, 10)
-        result["run"], result["seed"], result["settings"]["data"], result["reported"], result["parameters"]["trainable"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            percent = 100 * correct_images(scored).mean()
+            if not math.isclose(percent, scored["all_10000"]["accuracy"], abs_tol=1e-3):
+                raise ValueError(f"its {name} accuracy is not that of its images")
+        dict(result["reported"]), result["run"], result["question"], result["parameters"]["trainable"]
+        [result["settings"][name] for name in ("data", "patience", "dropout")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): restore it, or delete it and run again"
         ) from error
     return result
 
 
-def load_filters(folder: Path, result: dict) -> dict[str, np.ndarray] | None:
-    """The run's saved first-layer filters: before, best, last. None where its network has none. Raises UserError."""
+def load_filters(folder: Path, result: dict) -> dict[str, np.ndarray]:
+    """The run's saved first-layer filters: before, best, last. Raises UserError."""
     path = folder / f"seed{result['seed']}_filters.npz"
-    if not path.exists():
-        return None
     try:
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in ("before", "best", "last")}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or delete it and run again") from error
+        raise UserError(f"{path} is missing or damaged ({error}): restore it, or run again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -1083,12 +1088,11 @@ def filter_grid(weight: np.ndarray, scale: float, columns: int = 16) -> np.ndarr
     return grid
 
 
-def visualize_filters(weights: dict[str, np.ndarray], heading: str = "") -> Figure:
+def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float) -> Figure:
     """First-layer filters [C_out, 3, K, K] as numbered grids of 16 columns, one panel per entry of `weights`.
 
-    All panels share one scale: grey is 0 and a full colour the 99.8th percentile of the absolute weights of all panels.
+    All panels share one scale: grey is 0, a full colour a weight of +-`scale`.
     """
-    scale = float(np.quantile(np.abs(np.concatenate([w.ravel() for w in weights.values()])), 0.998))
     figure = Figure(figsize=(7.5 * len(weights), 6))
     for axes, (name, weight) in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights.items()):
         axes.imshow(filter_grid(weight, scale), interpolation="nearest")
@@ -1114,8 +1118,11 @@ def preview(augment: tuple, images: Tensor, heading: str) -> Figure:
             ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
             ax.axis("off")
         axes[0].set_title(f"draw {column}" if column else "original", fontsize=9)
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(textwrap.fill(heading, 110), fontsize=10)
     return figure
+
+
+RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run, in the gallery
 
 
 def plot_run(results: list[dict], folder: Path) -> None:
@@ -1123,9 +1130,12 @@ def plot_run(results: list[dict], folder: Path) -> None:
     save_figure(plot_losses(results), folder / "losses.png")
     save_figure(plot_accuracy(results), folder / "accuracy.png")
     save_figure(plot_confusion(results), folder / "confusion.png")
-    if filters := load_filters(folder, results[0]):
-        panels = {"before training": filters["before"], f"after, epoch {results[0]['best_epoch']}": filters["best"]}
-        save_figure(visualize_filters(panels, title(results[0], "first-layer filters")), folder / "filters.png")
+    filters = load_filters(folder, results[0])
+    scale = float(np.quantile(np.abs([filters["before"], filters["best"]]), 0.998))  # one for all
+    before = {"before training": filters["before"]}
+    after = {f"after training, epoch {results[0]['best_epoch']}": filters["best"]}
+    for name, panels in (("filters", before | after), ("filters_before", before), ("filters_after", after)):
+        save_figure(visualize_filters(panels, title(results[0], "first-layer filters"), scale), folder / f"{name}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -1141,7 +1151,7 @@ class Claim:
     criterion: Callable[[dict, Path], dict | None] | None = None  # of all results and their folder; None: not run
 
 
-def paired_difference(better: list[dict], worse: list[dict], resamples: int = 4000) -> dict:
+def paired_difference(better: list[dict], worse: list[dict], resamples: int = 2000) -> dict:
     """Difference in test accuracy (percentage points) of two runs on the same images, with a 95 % bootstrap interval.
 
     Every resample draws test images with replacement and, where there are several seeds, seeds too; the interval is
@@ -1171,6 +1181,13 @@ def paired_difference(better: list[dict], worse: list[dict], resamples: int = 40
     }
 
 
+def points(found: dict) -> str:
+    """A `paired_difference` in words."""
+    low, high = found["ci95"]
+    seeds = f", {found['seeds']} seeds" if found["seeds"] > 1 else ""
+    return f"{found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}]{seeds}"
+
+
 def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
     """The verdict on a claim: holds, does not hold, within noise, or not run, and the evidence for it.
 
@@ -1178,20 +1195,16 @@ def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
     """
     parts = []
     for better, worse in claim.comparisons:
-        part = {"better": better, "worse": worse, **paired_difference(results.get(better, []), results.get(worse, []))}
-        part["evidence"] = f"{better} − {worse}: not run"
-        if "difference" in part:
-            seeds = f"{part['seeds']} seeds" if part["seeds"] > 1 else "one seed: training noise not included"
-            low, high = part["ci95"]
-            part["evidence"] = (
-                f"{better} − {worse}: {part['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}], {seeds}"
-            )
-        parts.append(part)
+        found = paired_difference(results.get(better, []), results.get(worse, []))
+        measured = points(found) if "difference" in found else "not run"
+        parts.append({"better": better, "worse": worse, **found, "evidence": f"{better} − {worse}: {measured}"})
     if claim.criterion:
         parts.append(claim.criterion(results, folder) or {"verdict": "not run", "evidence": ""})
     verdicts = [part["verdict"] for part in parts]
     verdict = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
     evidence = "; ".join(part["evidence"] for part in parts if part["evidence"])
+    if any(part.get("seeds") == 1 for part in parts):
+        evidence += ". One seed: the noise of training is not included"
     return {"claim": claim.number, "report": claim.text, "verdict": verdict, "evidence": evidence, "parts": parts}
 
 
@@ -1214,60 +1227,6 @@ def overfits(results: list[dict]) -> dict | None:
     return {"verdict": "holds" if all(holds) else "does not hold", "evidence": "; ".join(evidence)}
 
 
-def about_equal(one: str, other: str, results: dict[str, list[dict]], margin: float) -> dict | None:
-    """Criterion of "makes no difference": the 95 % interval of the paired difference lies within +-`margin` points."""
-    if one not in results or other not in results:
-        return None
-    found = paired_difference(results[one], results[other])
-    low, high = found["ci95"]
-    verdict = (
-        "holds"
-        if -margin < low and high < margin
-        else "within noise"
-        if low < margin and high > -margin
-        else "does not hold"
-    )
-    evidence = (
-        f"{one} − {other}: {found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}], within ±{margin:g}?"
-    )
-    return {"verdict": verdict, "evidence": evidence}
-
-
-def loss_gap(results: list[dict]) -> float:
-    """Validation loss minus training loss in the last epoch, mean over seeds: the gap the report's curves show."""
-    return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
-
-
-def smoothness(filters: np.ndarray) -> np.ndarray:
-    """Share of every 3x3 filter's energy in its three smoothest patterns, [C_out] in [0, 1]; white noise has 1/3.
-
-    The patterns are those of the two-dimensional cosine transform: constant, horizontal ramp, vertical ramp; of nine.
-    """
-    basis = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])  # orthonormal DCT-II of length 3
-    energy = (np.einsum("ui,vj,ncij->ncuv", basis, basis, filters) ** 2).sum(1)  # [C_out, 3, 3]
-    return (energy[:, 0, 0] + energy[:, 0, 1] + energy[:, 1, 0]) / energy.sum((1, 2))
-
-
-def filters_become_smooth(results: list[dict], folder: Path) -> dict | None:
-    """Criterion of "white noise before, patterns after": `smoothness` is 1/3 before training, within its 95 % interval
-    over filters, and has risen after, beyond the interval of the difference.
-    """
-    if not results or not (filters := load_filters(folder, results[0])):
-        return None
-    shares = {name: smoothness(filters[name].astype(float)) for name in ("before", "best")}
-    rng = np.random.default_rng(0)
-    resampled = rng.integers(len(shares["best"]), size=(4000, len(shares["best"])))
-    intervals = {name: np.percentile(100 * share[resampled].mean(1), [2.5, 97.5]) for name, share in shares.items()}
-    rise = np.percentile((shares["best"] - shares["before"])[resampled].mean(1), [2.5, 97.5])
-    noise = intervals["before"][0] <= 100 / 3 <= intervals["before"][1]
-    verdict = "does not hold" if rise[1] < 0 else "holds" if noise and rise[0] > 0 else "within noise"
-    text = [
-        f"{100 * shares[n].mean():.1f} % [{intervals[n][0]:.1f}, {intervals[n][1]:.1f}]" for n in ("before", "best")
-    ]
-    evidence = f"energy in the three smoothest of nine patterns (white noise 33.3 %): before {text[0]}, after {text[1]}"
-    return {"verdict": verdict, "evidence": evidence}
-
-
 # ----------------------------------------------------------------------------------------------------------- gallery
 
 
@@ -1277,8 +1236,9 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table_row(name: str, results: list[dict], reported: dict) -> list[str]:
+def table_row(name: str, results: list[dict], reported: dict | None) -> list[str]:
     """A run's line in the tables: the report's numbers beside ours; "-" stands for what is not there."""
+    reported = results[0]["reported"] if reported is None else reported
     report = [str(reported.get(k, "-")) for k in ("validation", "test")]
     if not results:
         return [name, "-", "-", f"{report[0]} / -", f"{report[1]} / -", "-", "-"]
@@ -1298,15 +1258,9 @@ def table_row(name: str, results: list[dict], reported: dict) -> list[str]:
     ]
 
 
-TABLE_HEAD = [
-    "run",
-    "best epoch",
-    "seeds",
-    "validation: report / ours",
-    "first 1,000 test: report / ours",
-    "all 10,000 [95 %]",
-    "time",
-]
+def table_head(sample: bool) -> list[str]:
+    head = ["run", "best epoch", "seeds", "validation: report / ours", "first 1,000 test: report / ours"]
+    return [*head, "all 500 [95 %]" if sample else "all 10,000 [95 %]", "time"]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -1317,45 +1271,34 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def gallery_section(
     question: "Question",
     results: dict[str, list[dict]],
-    table: list[list[str]],
+    tables: list[list],
     verdicts: list[dict],
-    figures: Sequence[str],
+    figures: Iterable[str],
 ) -> str:
-    """A question's part of the gallery, as Markdown, from its results alone."""
-    reported, rows = {run.name: run.reported for run in question.runs}, [TABLE_HEAD]
-    for name in [*reported, *(name for name in results if name not in reported)]:
-        found = results.get(name, [])
-        row = table_row(name, found, reported.get(name) or (found[0]["reported"] if found else {}))
-        rows.append([f"[{name}]({question.name}/{name}/seed{found[0]['seed']}.json)", *row[1:]] if found else row)
-    lines = [f"## {question.title}", "", *markdown_table(rows), ""]
-    if table:
+    """A question's part of the gallery, as Markdown."""
+    (head, *rows), *others = tables
+    links = {n: f"[{n}]({question.name}/{n}/seed{found[0]['seed']}.json)" for n, found in results.items()}
+    lines = [f"## {question.title}", "", *markdown_table([head, *([links.get(r[0], r[0]), *r[1:]] for r in rows)]), ""]
+    for table in others:
         lines += [*markdown_table(table), ""]
     if verdicts:
         judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
         lines += [*markdown_table([["claim", "the report says", "verdict", "measured"], *judged]), ""]
     lines += [f"![{name}]({question.name}/{name})\n" for name in figures]
     for name in results:
-        kinds = ("losses", "accuracy", "filters", "confusion")
-        images = [f"![{name} {kind}]({question.name}/{name}/{kind}.png)" for kind in kinds]
-        lines += [
-            f"<details><summary>{name}: curves, filters, confusion matrix</summary>",
-            "",
-            *images,
-            "",
-            "</details>",
-            "",
-        ]
+        lines += [f"<details><summary>{name}: curves, filters, confusion matrix</summary>", ""]
+        lines += [f"![{name} {kind}]({question.name}/{name}/{kind}.png)" for kind in RUN_FIGURES]
+        lines += ["", "</details>", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def write_gallery(root: Path, name: str, section: str, sample: bool) -> None:
     """Put a question's section into README.md under `root`; the other questions' sections stay as they are."""
     path = root / "README.md"
-    with file_lock(root / ".gallery.lock"):
-        old = path.read_text() if path.exists() else ""
-        sections = dict(re.findall(r"<!-- (q\d) -->\n(.*?)<!-- end q\d -->", old, re.DOTALL)) | {name: section}
-        body = "\n".join(f"<!-- {n} -->\n{text}<!-- end {n} -->\n" for n, text in sorted(sections.items()))
-        write_atomic(path, ((SAMPLE_HEAD if sample else "") + GALLERY_HEAD + body).encode())
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    sections = dict(re.findall(r"<!-- (q\d) -->\n(.*?)<!-- end q\d -->", old, re.DOTALL)) | {name: section}
+    body = "\n".join(f"<!-- {n} -->\n{text}<!-- end {n} -->\n" for n, text in sorted(sections.items()))
+    write_atomic(path, ((SAMPLE_HEAD if sample else "") + GALLERY_HEAD + body).encode())
 
 
 SAMPLE_HEAD = "# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10\n\n"
@@ -1422,20 +1365,27 @@ def make_parser(question: Question) -> Parser:
     return parser
 
 
-def select_runs(question: Question, args: argparse.Namespace, precision: str) -> list[Run]:
-    """The runs asked for, with the command line's settings. A run at another number of epochs has another name."""
-    runs = question.configure(question.runs, args) if question.configure else question.runs
-    if unknown := set(args.only or ()) - {run.name for run in runs}:
-        raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(r.name for r in runs)}")
-    selected = []
-    for run in runs:
+def select_runs(question: Question, args: argparse.Namespace, device: torch.device) -> list[Run]:
+    """The runs asked for, with the command line's settings.
+
+    A run at another number of epochs, or in a precision that is not the device's own, has a name of its own: it is not
+    what the report ran, and must not overwrite it.
+    """
+    precision = choose_precision(args.precision, device)
+    runs = {}
+    for run in question.configure(question.runs, args) if question.configure else question.runs:
         epochs = min(run.settings.epochs, SAMPLE_EPOCHS) if args.sample else run.settings.epochs
-        name = run.name if args.epochs in (None, epochs) else f"{run.name}_{args.epochs}epochs"
         data = "cifar10-sample" if args.sample else "cifar10"
         settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=precision, data=data)
-        if not args.only or run.name in args.only:
-            selected.append(dataclasses.replace(run, name=name, settings=settings))
-    return selected
+        name, reported = run.name, run.reported
+        if settings.epochs != epochs:
+            name, reported = f"{name}_{settings.epochs}epochs", {}
+        if precision != choose_precision("auto", device):
+            name = f"{name}_{precision}"
+        runs[run.name] = dataclasses.replace(run, name=name, settings=settings, reported=reported)
+    if unknown := set(args.only or ()) - runs.keys():
+        raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(runs)}")
+    return [run for name, run in runs.items() if not args.only or name in args.only]
 
 
 def require_writable(folder: Path) -> None:
@@ -1461,35 +1411,44 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
         for seed in range(args.seeds):
             settings = dataclasses.replace(run.settings, seed=seed)
             path, history = args.checkpoint_dir / f"{settings.key()}.pt", []
+            result = (folder / run.name / f"seed{seed}.json").exists()
             try:
                 if path.exists():
                     history = torch.load(path, weights_only=True, mmap=True)["history"]
-            except Exception:  # as in load_checkpoint
-                rows.append((run.name, seed, settings.epochs, "damaged checkpoint", 0))
-                continue
-            seconds += [h["seconds"] for h in history]
-            done = (folder / run.name / f"seed{seed}.json").exists()
-            if done or stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience):
-                rows.append((run.name, seed, settings.epochs, "done" if done else "trained, result not written", 0))
-            else:
                 state = f"epoch {len(history)}" if history else "not started"
-                rows.append((run.name, seed, settings.epochs, state, settings.epochs - len(history)))
+            except Exception:  # as in load_checkpoint
+                state = "damaged checkpoint"
+            left = settings.epochs - len(history)
+            if stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience):
+                state, left = "done" if result else "trained, no result yet", 0
+            elif result:
+                state += ", old result"  # of another machine, or of before --fresh
+            seconds += [h["seconds"] for h in history]
+            rows.append((run.name, seed, settings.epochs, state, left))
     for name, seed, epochs, state, left in rows:
         time_left = f"at most {duration(left * statistics.median(seconds))} left" if seconds else f"{left} epochs left"
-        print(f"{name:<28} seed {seed}  {epochs:>3} epochs  {state:<20}{time_left if left else ''}".rstrip())
+        print(f"{name:<28} seed {seed}  {epochs:>3} epochs  {state:<26}{time_left if left else ''}".rstrip())
 
 
-def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint to the first free of .old1, .old2, ..."""
+    number = 1
+    while (old := path.with_suffix(f".old{number}")).exists():
+        number += 1
+    try:
+        os.replace(path, old)
+    except OSError as error:
+        raise UserError(f"cannot rename {path} to {old}: {error.strerror}") from error
+
+
+def train_runs(
+    question: str, runs: Sequence[Run], args: argparse.Namespace, folder: Path, device: torch.device
+) -> None:
     """Train what is missing of every run and seed, and write its result as soon as it is there."""
     keep_large_blocks()
-    device = choose_device(args.device)
-
-    def load() -> dict[str, Split]:
-        require_writable(args.checkpoint_dir)
-        return load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
-
-    together(lambda: load() and None, only_first=True)  # one process downloads
-    data = {part: split.to(device) for part, split in together(load).items()}
+    on_first(lambda: require_writable(args.checkpoint_dir))
+    data = on_all(lambda: load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))
+    data = {part: split.to(device) for part, split in data.items()}
     queue = [
         dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=seed))
         for run in runs
@@ -1499,17 +1458,18 @@ def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, fol
     while queue:
         run = queue.pop(0)
         path = args.checkpoint_dir / f"{run.settings.key()}.pt"
-        with trajectory_lock(path, wait=busy > len(queue)) as mine:
-            if not mine:  # another process trains it: do the others first, then wait for it
+        with ExitStack() as stack:
+            lock = file_lock(path.with_suffix(".lock"), wait=busy > len(queue))
+            if not on_first(lambda: stack.enter_context(lock)):
                 tell(f"{run.name} seed {run.settings.seed} is being trained by another process; coming back to it")
                 queue.append(run)
                 busy += 1
                 continue
             busy = 0
-            if args.fresh and path not in renewed and path.exists() and rank() == 0:
-                os.replace(path, path.with_suffix(".old"))
+            if args.fresh and path not in renewed:
+                on_first(lambda: set_aside(path) if path.exists() else None)
             renewed.add(path)
-            network = describe((run.build or build_convnet)(run.settings))
+            network = describe(run.network())
             if network not in shown and rank() == 0:
                 print(network)
             shown.add(network)
@@ -1531,34 +1491,30 @@ def preview_runs(runs: Sequence[Run], folder: Path) -> None:
         raise UserError("--preview: none of these runs has an augmentation")
 
 
-def tell(message: str) -> None:
-    """A line on standard error, from one process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
-
-
 def write_question(question: Question, folder: Path, sample: bool) -> None:
     """Figures, claims.json, the gallery's section and the tables on the screen, from the question's results alone."""
-    names = [run.name for run in question.runs]
-    others = sorted(p.name for p in folder.glob("*/") if p.name not in names)
-    results = {name: found for name in [*names, *others] if (found := load_results(folder / name))}
-    for name, found in results.items():
-        plot_run(found, folder / name)
-    figures = question.figures(results) if question.figures else {}
-    for name, figure in figures.items():
-        save_figure(figure, folder / name)
-    verdicts = [judge(claim, results, folder) for claim in question.claims]
-    write_atomic(folder / "claims.json", (json.dumps(verdicts, indent=2, ensure_ascii=False) + "\n").encode())
-    table = question.table(results) if question.table else []
-    write_gallery(
-        folder.parent, question.name, gallery_section(question, results, table, verdicts, list(figures)), sample
-    )
-
-    reported = {run.name: run.reported for run in question.runs}
-    rows = [TABLE_HEAD, *(table_row(n, found, reported.get(n) or found[0]["reported"]) for n, found in results.items())]
-    for lines in (rows, table):
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        print("".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in lines))
+    with file_lock(folder.parent / ".gallery.lock"):
+        reported = {run.name: run.reported for run in question.runs}
+        others = sorted(p.name for p in folder.glob("*/") if p.name not in reported)
+        results = {name: found for name in [*reported, *others] if (found := load_results(folder / name))}
+        for name, found in results.items():
+            plot_run(found, folder / name)
+        figures = question.figures(results) if question.figures else {}
+        for name, figure in figures.items():
+            save_figure(figure, folder / name)
+        verdicts = [judge(claim, results, folder) for claim in question.claims]
+        write_atomic(folder / "claims.json", (json.dumps(verdicts, indent=2, ensure_ascii=False) + "\n").encode())
+        rows = [table_row(name, results.get(name, []), reported.get(name)) for name in reported | results]
+        tables = [[table_head(sample), *rows]]
+        if question.table and (table := question.table(results)):
+            tables.append(table)
+        write_gallery(
+            folder.parent, question.name, gallery_section(question, results, tables, verdicts, figures), sample
+        )
+    print(SAMPLE_HEAD if sample else "")
+    for table in tables:
+        widths = [max(map(len, column)) for column in zip(*table)]
+        print("".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in table))
     for verdict in verdicts:
         print(f"claim {verdict['claim']}: {verdict['report']}\n  {verdict['verdict']}. {verdict['evidence']}".rstrip())
     print(f"\nfigures and numbers: {folder}/, gallery: {folder.parent / 'README.md'}")
@@ -1569,25 +1525,36 @@ def run_question(question: Question, argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = make_parser(question).parse_args(argv)
-        with processes(args.device):
-            selected = select_runs(question, args, choose_precision(args.precision, choose_device(args.device)))
+        device = choose_device(args.device)
+        with processes(device):
+            runs = on_all(lambda: select_runs(question, args, device))
             folder = args.output_dir / ("sample" if args.sample else "") / question.name
             if args.list:
-                return list_runs(selected, args, folder)
-            together(lambda: require_writable(args.output_dir), only_first=True)
+                return on_first(lambda: list_runs(runs, args, folder))
+            on_first(lambda: require_writable(args.output_dir))
             if args.preview:
-                return preview_runs(selected, folder)
+                return on_first(lambda: preview_runs(runs, folder))
             if not args.replot:
-                train_runs(question.name, selected, args, folder)
-            together(lambda: write_question(question, folder, args.sample), only_first=True)
+                train_runs(question.name, runs, args, folder, device)
+            on_first(lambda: write_question(question, folder, args.sample))
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted; finished epochs are kept, the same command goes on after the last of them", 130))
-    except RuntimeError as error:  # gloo and nccl report a lost process as one
-        if not re.search("gloo|NCCL|peer", str(error)):
+        hint = "the same command (without --fresh) goes on after the last of them"
+        sys.exit(fail(f"interrupted; finished epochs are kept, {hint}", 130))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("the GPU's memory is full: end what else runs there, or choose another --device", 2))
+    except RuntimeError as error:
+        if not launched() or not re.search("Connection|connection|peer|NCCL|gloo", str(error)):
             raise
-        sys.exit(fail("lost another process of this run; finished epochs are kept, the same command goes on", 2))
+        reason = str(error).splitlines()[0]
+        sys.exit(fail(f"lost another process of this run ({reason}); finished epochs are kept, run the same again", 2))
+
+
+def tell(message: str) -> None:
+    """A line on standard error, from one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int) -> int:

@@ -8,9 +8,45 @@ network has 7,678,474 parameters; its first-layer filters look like white noise 
 colour patches after; 80.7 % of the first 1,000 test images are right.
 """
 
-from common import Claim, Question, Run, Settings, filters_become_smooth, overfits, run_question
+from pathlib import Path
+
+import numpy as np
+
+from common import Claim, Question, Run, Settings, load_filters, overfits, run_question
 
 RUNS = [Run("convnet", Settings(epochs=20), reported={"test": 80.7})]
+
+
+def smoothness(filters: np.ndarray) -> np.ndarray:
+    """Share of every 3x3 filter's energy in its three smoothest patterns, [C_out] in [0, 1]; white noise has 1/3.
+
+    The patterns are those of the two-dimensional cosine transform: constant, horizontal ramp, vertical ramp; of nine.
+    """
+    basis = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])  # orthonormal DCT-II of length 3
+    energy = (np.einsum("ui,vj,ncij->ncuv", basis, basis, filters) ** 2).sum(1)  # [C_out, 3, 3]
+    return (energy[:, 0, 0] + energy[:, 0, 1] + energy[:, 1, 0]) / energy.sum((1, 2))
+
+
+def filters_become_smooth(results: list[dict], folder: Path) -> dict | None:
+    """Criterion of "white noise before, patterns after": `smoothness` is 1/3 before training, within its 95 % interval
+    over filters, and has risen after, beyond the interval of the difference.
+    """
+    if not results:
+        return None
+    filters = load_filters(folder, results[0])
+    shares = {name: smoothness(filters[name].astype(float)) for name in ("before", "best")}
+    rng = np.random.default_rng(0)
+    resampled = rng.integers(len(shares["best"]), size=(4000, len(shares["best"])))
+    intervals = {name: np.percentile(100 * share[resampled].mean(1), [2.5, 97.5]) for name, share in shares.items()}
+    rise = np.percentile((shares["best"] - shares["before"])[resampled].mean(1), [2.5, 97.5])
+    noise = intervals["before"][0] <= 100 / 3 <= intervals["before"][1]
+    verdict = "does not hold" if rise[1] < 0 else "holds" if noise and rise[0] > 0 else "within noise"
+    text = [
+        f"{100 * shares[n].mean():.1f} % [{intervals[n][0]:.1f}, {intervals[n][1]:.1f}]" for n in ("before", "best")
+    ]
+    evidence = f"energy in the three smoothest of nine patterns (white noise 33.3 %): before {text[0]}, after {text[1]}"
+    return {"verdict": verdict, "evidence": evidence}
+
 
 CLAIMS = [
     Claim(

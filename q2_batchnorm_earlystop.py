@@ -11,6 +11,7 @@ These runs are two trajectories, one per network: each is trained once, to 50 ep
 stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.
 """
 
+import re
 from dataclasses import replace
 
 from matplotlib.figure import Figure
@@ -38,6 +39,23 @@ RUNS = [
     Run("batchnorm_full", NETWORKS["batchnorm"]),
 ]
 
+
+def patience_pays(results: dict[str, list[dict]]) -> dict | None:
+    """Criterion of claim 4 on validation: the longer patience restores better weights, in every seed.
+
+    Of one trajectory it can only be equal or better. Whether it is better on other images too, the test images say.
+    """
+    pairs = list(zip(results.get("batchnorm_patience7", []), results.get("batchnorm_patience5", [])))
+    if not pairs:
+        return None
+    values = [[r["history"][r["best_epoch"] - 1]["validation_accuracy"] for r in pair] for pair in pairs]
+    evidence = "; ".join(f"validation {seven:.1f} against {five:.1f} %" for seven, five in values)
+    return {
+        "verdict": "holds" if all(seven > five for seven, five in values) else "does not hold",
+        "evidence": evidence,
+    }
+
+
 CLAIMS = [
     Claim(
         1,
@@ -50,6 +68,7 @@ CLAIMS = [
         4,
         "Early stopping with BN: patience 7 beats patience 5 on validation (85.8 against 82.8).",
         (("batchnorm_patience7", "batchnorm_patience5"),),
+        criterion=lambda results, folder: patience_pays(results),
     ),
 ]
 
@@ -80,12 +99,13 @@ def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
             plot_curve(losses, results[f"{network}_full"], "validation_loss", network, color=color)
             plot_curve(accuracies, results[f"{network}_full"], "validation_accuracy", network, color=color)
             for name, found in results.items():
-                if name.startswith(f"{network}_patience"):
+                if re.fullmatch(rf"{network}_patience\d+", name):
                     stop, best = len(found[0]["history"]), found[0]["best_epoch"]
                     patience = found[0]["settings"]["patience"]
                     for axes, entry in ((losses, "validation_loss"), (accuracies, "validation_accuracy")):
                         axes.axvline(stop, color=color, linestyle=":")
-                        axes.text(stop, 0.02, f" {patience}", color=color, transform=axes.get_xaxis_transform())
+                        label = {"color": color, "rotation": 90, "ha": "right", "transform": axes.get_xaxis_transform()}
+                        axes.text(stop, 0.02, f"patience {patience}", **label)
                         axes.plot(best, found[0]["history"][best - 1][entry], "o", color=color)
         losses.legend()
         accuracies.legend()
@@ -104,8 +124,9 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
     ]
     rows = []
     for name, (result, *_) in results.items():
-        if (patience := result["settings"]["patience"]) is None:
+        if not re.fullmatch(r"\w+_patience\d+", name):
             continue
+        patience = result["settings"]["patience"]
         history, best = result["history"], result["best_epoch"]
         full = results.get(f"{name.split('_')[0]}_full", [None])[0]
         rest = full["history"][len(history) :] if full else []

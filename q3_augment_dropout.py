@@ -12,6 +12,8 @@ trajectory, continued.
 """
 
 import argparse
+import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,9 @@ from common import (
     RandomCrop,
     Run,
     Settings,
-    about_equal,
-    loss_gap,
     paired_difference,
     plot_curve,
+    points,
     run_question,
     style_axes,
     title,
@@ -74,11 +75,29 @@ RUNS = [
 ]
 
 
+def about_equal(one: str, other: str, results: dict[str, list[dict]], margin: float) -> dict | None:
+    """Criterion of "makes no difference": the 95 % interval of the paired difference lies within +-`margin` points."""
+    if one not in results or other not in results:
+        return None
+    found = paired_difference(results[one], results[other])
+    if "difference" not in found:
+        return None
+    low, high = found["ci95"]
+    overlaps = low < margin and high > -margin
+    verdict = "holds" if -margin < low and high < margin else "within noise" if overlaps else "does not hold"
+    return {**found, "verdict": verdict, "evidence": f"{one} − {other}: {points(found)}, within ±{margin:g}?"}
+
+
+def loss_gap(results: list[dict]) -> float:
+    """Validation loss minus training loss in the last epoch, mean over seeds: the gap the report's curves show."""
+    return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
+
+
 def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) -> dict | None:
-    """Criterion: of all these runs, `name` has the smallest gap between training and validation loss (`loss_gap`)."""
+    """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way."""
     if not all(n in results for n in [name, *others]):
         return None
-    gaps = {n: loss_gap(results[n]) for n in [name, *others]}
+    gaps = {n: abs(loss_gap(results[n])) for n in [name, *others]}
     verdict = "holds" if min(gaps, key=gaps.get) == name else "does not hold"
     return {"verdict": verdict, "evidence": "loss gap " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())}
 
@@ -92,9 +111,10 @@ def two_best(results: dict[str, list[dict]], folder: Path) -> dict | None:
     lesser = min(named, key=accuracy.get)
     rival = max((n for n in AUGMENTATIONS if n not in named), key=accuracy.get)
     found = paired_difference(results[lesser], results[rival])
+    if "difference" not in found:
+        return None
     ranking = ", ".join(f"{n} {accuracy[n]:.2f}" for n in sorted(accuracy, key=accuracy.get, reverse=True)[:4])
-    evidence = f"best four: {ranking}; {lesser} − {rival}: {found['difference']:+.2f} points, 95 % {found['ci95']}"
-    return {"verdict": found["verdict"], "evidence": evidence}
+    return {**found, "evidence": f"best four: {ranking}; {lesser} − {rival}: {points(found)}"}
 
 
 CLAIMS = [
@@ -145,7 +165,7 @@ def rate(text: str) -> float:
 
 def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
     """The report's runs, and one for every other dropout rate asked for."""
-    return [*runs, *(dropout_run(p) for p in args.dropout if p not in DROPOUT)]
+    return [*runs, *(dropout_run(round(p, 4)) for p in args.dropout if p not in DROPOUT)]
 
 
 def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading: str, xlabel: str) -> Figure:
@@ -204,10 +224,19 @@ def plot_dropout(results: dict[str, list[dict]], points: dict[float, str]) -> Fi
     return figure
 
 
+def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
+    """Every run's losses in the last epoch, mean over seeds."""
+    rows = [["run", "training loss", "validation loss", "gap"]]
+    for name, found in results.items():
+        losses = [statistics.mean(r["history"][-1][f"{part}_loss"] for r in found) for part in ("train", "validation")]
+        rows.append([name, *(f"{loss:.3f}" for loss in losses), f"{loss_gap(found):+.3f}"])
+    return rows if results else []
+
+
 def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
     """Whatever the runs there are allow."""
-    rates = {0.0: "baseline"} | {r[0]["settings"]["dropout"]: n for n, r in results.items() if n.startswith("dropout")}
-    rates = dict(sorted(rates.items()))
+    rates = {r[0]["settings"]["dropout"]: n for n, r in results.items() if re.fullmatch(r"dropout_[\d.]+", n)}
+    rates = dict(sorted({0.0: "baseline", **rates}.items()))
     drawn = {}
     if any(name in results for name in AUGMENTATIONS):
         drawn["augmentations.png"] = plot_augmentations(results)
@@ -227,6 +256,7 @@ QUESTION = Question(
     RUNS,
     CLAIMS,
     figures,
+    gap_table,
     options={
         "--dropout": {"type": rate, "nargs": "+", "default": [], "metavar": "P", "help": "further dropout rates to run"}
     },

@@ -1,6 +1,7 @@
 """Bad input: one line on standard error that says what to do, exit code 2, no traceback, nothing lost."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import torch
 
 import common
 import q1_convnet
-from common import CIFAR10, ROOT, Settings, UserError, find_data_dir, load_checkpoint, write_atomic
+from common import CIFAR10, ROOT, Settings, UserError, find_data_dir, load_checkpoint, set_aside, write_atomic
 
 
 @pytest.fixture
@@ -95,6 +96,16 @@ def test_damaged_batch_file(fails, no_network, tmp_path, damage):
     assert file.read_bytes() == content
 
 
+def test_missing_batch_file_is_named(fails, no_network, official, tmp_path):
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for path in (find_data_dir() / CIFAR10.base_folder).iterdir():
+        if path.name != "batches.meta":
+            (folder / path.name).symlink_to(path.resolve())
+    line = fails("--data-dir", str(tmp_path / "data"), sample=False)
+    assert f"{folder} lacks batches.meta" in line and "delete the folder" in line
+
+
 @pytest.mark.parametrize("option", ["--output-dir", "--checkpoint-dir"])
 def test_folder_that_cannot_be_written(fails, tmp_path, option):
     (tmp_path / "file").write_text("in the way")
@@ -164,8 +175,12 @@ def test_fresh_starts_over_and_keeps_the_old_checkpoint(checkpoint, tmp_path, ca
         str(checkpoint.parent),
     ]
     common.run_question(q1_convnet.QUESTION, options)
-    assert checkpoint.with_suffix(".old").read_bytes() == b"damaged"
+    assert checkpoint.with_suffix(".old1").read_bytes() == b"damaged"
     assert len(torch.load(checkpoint, weights_only=True)["history"]) == 1
+    one_epoch = checkpoint.read_bytes()
+    set_aside(checkpoint)  # a second --fresh does not overwrite what the first kept
+    assert checkpoint.with_suffix(".old1").read_bytes() == b"damaged"
+    assert checkpoint.with_suffix(".old2").read_bytes() == one_epoch
 
 
 def test_checkpoint_of_other_settings(checkpoint):
@@ -178,11 +193,17 @@ def test_checkpoint_of_other_settings(checkpoint):
         load_checkpoint(checkpoint, settings)
 
 
-@pytest.mark.parametrize("damage", ["{ truncated", "[]", '{"run": "convnet"}', "accuracy"])
+@pytest.mark.parametrize("damage", ["{ truncated", "[]", '{"run": "convnet"}', "accuracy", "images"])
 def test_results_damaged_by_hand(finished, tmp_path, capsys, damage):
     shutil.copytree(finished[0] / "out", tmp_path / "out")
     file = tmp_path / "out/sample/q1/convnet_3epochs/seed0.json"
-    content = file.read_text().replace('"accuracy": ', '"accuracy": "about " ') if damage == "accuracy" else damage
+    content = file.read_text()
+    if damage == "accuracy":
+        content = content.replace('"accuracy": ', '"accuracy": "about " ')
+    elif damage == "images":  # a shorter list of right and wrong images
+        content = re.sub(r'"correct": ".{20}', '"correct": "', content)
+    else:
+        content = damage
     file.write_text(content)
     with pytest.raises(SystemExit) as end:
         common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])

@@ -55,7 +55,7 @@ def test_filter_grid_puts_every_filter_under_its_number():
 
 def test_panels_of_filters_share_one_scale():
     before, after = np.full((128, 3, 3, 3), 0.1), np.full((128, 3, 3, 3), 0.4)
-    left, right = visualize_filters({"before": before, "after": after}).axes
+    left, right = visualize_filters({"before": before, "after": after}, "heading", scale=0.4).axes
     shown = [axes.images[0].get_array()[filter_tile(1)] for axes in (left, right)]
     np.testing.assert_allclose(shown[1], 1.0)
     np.testing.assert_allclose(shown[0], 0.5 + 0.1 / 0.8)

@@ -7,7 +7,11 @@ import torch
 
 import common
 import q1_convnet
-from common import Claim, correct_images, judge, load_result, paired_difference, score, smoothness, wilson_interval
+import q2_batchnorm_earlystop
+import q3_augment_dropout
+from common import Claim, correct_images, judge, load_result, paired_difference, score, wilson_interval
+from q1_convnet import filters_become_smooth, smoothness
+from q3_augment_dropout import about_equal, narrowest_gap
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_pairing_makes_the_interval_narrower():
 def test_verdicts(tmp_path, better, worse, verdict):
     results = {"a": as_results(draw(better, 1, 6)), "b": as_results(draw(worse, 1, 7))}
     found = judge(Claim(1, "a beats b", (("a", "b"),)), results, tmp_path)
-    assert found["verdict"] == verdict and "training noise not included" in found["evidence"]
+    assert found["verdict"] == verdict and "the noise of training is not included" in found["evidence"]
 
 
 def test_verdicts_of_several_comparisons(tmp_path):
@@ -128,10 +132,36 @@ def test_smoothness_of_known_filters():
     assert smoothness(noise).mean() == pytest.approx(1 / 3, abs=0.005)
 
 
+def test_filter_criterion(tmp_path):
+    rng = np.random.default_rng(0)
+    noise, ramp = rng.normal(size=(128, 3, 3, 3)), np.tile([[1.0, 0, -1]], (128, 3, 3, 1))
+
+    def verdict(before, after):
+        np.savez_compressed(tmp_path / "seed0_filters.npz", before=before, best=after, last=after)
+        return filters_become_smooth([{"seed": 0}], tmp_path)["verdict"]
+
+    assert verdict(noise, noise + ramp) == "holds"
+    assert verdict(noise, noise) == "within noise"
+    assert verdict(noise + ramp, noise) == "does not hold"
+    assert filters_become_smooth([], tmp_path) is None
+
+
+def test_criteria_of_question_3():
+    results = {"a": as_results(draw(0.80, 1, 6)), "b": as_results(draw(0.80, 1, 7)), "c": as_results(draw(0.7, 1, 8))}
+    assert about_equal("a", "b", results, margin=2.0)["verdict"] == "holds"
+    assert about_equal("a", "b", results, margin=0.5)["verdict"] == "within noise"
+    assert about_equal("a", "c", results, margin=2.0)["verdict"] == "does not hold"
+    assert about_equal("a", "missing", results, margin=2.0) is None
+    gaps = {"zero": 0.1, "wide": 0.9, "negative": -0.5}
+    histories = {n: [{"history": [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]}] for n, gap in gaps.items()}
+    assert narrowest_gap("zero", ["wide", "negative"], histories)["verdict"] == "holds"
+    assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
+
+
 def test_the_command_line_end_to_end(finished):
     folder, out, err = finished
     assert "7,678,474" in out and "SAMPLE" in (folder / "out/sample/README.md").read_text()
-    assert len(err.splitlines()) == 3 and "img/s" in err  # not a terminal: one line per epoch
+    assert err.count("img/s") == 3 and "\r" not in err  # not a terminal: one line per epoch
     run = folder / "out/sample/q1/convnet_3epochs"
     names = {path.name for path in run.iterdir()}
     assert names == {
@@ -145,7 +175,7 @@ def test_the_command_line_end_to_end(finished):
     }
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
-    assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {"test": 80.7}
+    assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs
     assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
     assert not (folder / "out/q1").exists()  # never among the full results
     with np.load(run / "seed0_filters.npz", allow_pickle=False) as filters:
@@ -174,13 +204,47 @@ def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
     assert "| convnet | - | - | - / - | 80.7 / - | - | - |" in text and "**not run**" in text
 
 
-@pytest.mark.parametrize("question", [q1_convnet.QUESTION], ids=lambda q: q.name)
-def test_the_committed_gallery_is_what_the_results_give(question, tmp_path, capsys):
+QUESTIONS = [q1_convnet.QUESTION, q2_batchnorm_earlystop.QUESTION, q3_augment_dropout.QUESTION]
+
+
+def test_the_committed_gallery_is_what_the_results_give(tmp_path, capsys):
     committed = common.ROOT / "results"
-    shutil.copytree(committed, tmp_path / "results", ignore=shutil.ignore_patterns("sample", "*.png"))
-    common.run_question(question, ["--replot", "--output-dir", str(tmp_path / "results")])
-    for name in ("README.md", f"{question.name}/claims.json"):
-        assert (tmp_path / "results" / name).read_bytes() == (committed / name).read_bytes()
+    ignored = shutil.ignore_patterns("sample", "*.png", "*.lock", "README.md", "claims.json")
+    shutil.copytree(committed, tmp_path / "results", ignore=ignored)
+    for question in QUESTIONS:
+        common.run_question(question, ["--replot", "--output-dir", str(tmp_path / "results")])
+        claims = f"{question.name}/claims.json"
+        assert (tmp_path / "results" / claims).read_text() == (committed / claims).read_text()
+    assert (tmp_path / "results/README.md").read_text() == (committed / "README.md").read_text()
+
+
+def test_every_figure_and_table_of_questions_2_and_3_copes_with_a_subset(finished, tmp_path, capsys):
+    """Real results of the sample under some of the questions' names."""
+    text = (finished[0] / "out/sample/q1/convnet_3epochs/seed0.json").read_text()
+    for question, names in (
+        (QUESTIONS[1], ["batchnorm", "convnet_full", "convnet_patience5"]),
+        (QUESTIONS[2], ["flip_p0.5", "dropout_0.1"]),
+    ):
+        for name in names:
+            folder = tmp_path / "sample" / question.name / name
+            shutil.copytree(finished[0] / "out/sample/q1/convnet_3epochs", folder)
+            dropout = 0.1 if "dropout" in name else 0.0
+            for seed in (0, 1):
+                changed = text.replace('"seed": 0', f'"seed": {seed}').replace(
+                    '"dropout": 0.0', f'"dropout": {dropout}'
+                )
+                (folder / f"seed{seed}.json").write_text(changed)
+        common.run_question(question, ["--sample", "--replot", "--output-dir", str(tmp_path)])
+    figures = {path.name for path in tmp_path.glob("sample/q?/*.png")}
+    assert figures >= {
+        "batchnorm.png",
+        "early_stopping.png",
+        "augmentations.png",
+        "flip_sweep.png",
+        "dropout_sweep.png",
+    }
+    gallery = (tmp_path / "sample/README.md").read_text()
+    assert " ± 0.0" in gallery and "| crop | - | - | 82.7 / - | 82.9 / - | - | - |" in gallery
 
 
 def test_list_shows_every_runs_state(finished, tmp_path, capsys):
@@ -188,6 +252,8 @@ def test_list_shows_every_runs_state(finished, tmp_path, capsys):
     where = ["--sample", "--list", "--checkpoint-dir", str(folder / "checkpoints"), "--output-dir"]
     common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3"])
     assert "done" in capsys.readouterr().out
+    common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3", "--precision", "fp32"])
+    assert "not started" in capsys.readouterr().out or common.choose_precision("auto", torch.device("cpu")) == "fp32"
     common.run_question(q1_convnet.QUESTION, [*where, str(tmp_path), "--epochs", "5", "--seeds", "2"])
     first, second = capsys.readouterr().out.splitlines()
     assert "epoch 3 " in first and "left" in first and "not started" in second

@@ -1,13 +1,16 @@
 import dataclasses
+import itertools
 import signal
 
 import pytest
 import torch
 
+import common
 from common import (
     ConvNet,
     Run,
     Settings,
+    Split,
     UserError,
     best_epoch,
     evaluate,
@@ -80,6 +83,26 @@ def test_reading_fewer_epochs_is_having_trained_fewer(small, two_epochs, tmp_pat
     assert trained == read
 
 
+def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkeypatch):
+    measured = iter([30.0, 40.0, 40.0, 30.0, 40.0, 40.0, 50.0])  # three epochs and stop; then four
+    monkeypatch.setattr(common, "accuracy", lambda *_: next(measured))
+    rule = Run("rule", dataclasses.replace(SETTINGS, epochs=4, patience=1))
+    stopped = train(rule, small, CPU, tmp_path / "stopped.pt")
+    full = train(Run("full", dataclasses.replace(SETTINGS, epochs=4)), small, CPU, tmp_path / "full.pt")
+    assert (len(stopped["history"]), len(full["history"])) == (3, 4)
+    results = [read_run("q2", rule, state, small["test"].labels) for state in (stopped, full)]
+    for result in results:
+        for entry in result["history"]:
+            entry.pop("seconds", None)
+    assert results[0] == results[1]
+
+
+def test_patience_needs_validation_images(small, tmp_path):
+    data = small | {"validation": Split(small["validation"].images[:0], small["validation"].labels[:0])}
+    with pytest.raises(UserError, match="patience needs validation images"):
+        train(Run("rule", dataclasses.replace(SETTINGS, patience=5)), data, CPU, tmp_path / "rule.pt")
+
+
 def test_the_key_is_what_shapes_the_weights():
     settings = Settings()
     assert dataclasses.replace(settings, epochs=50, patience=5).key() == settings.key()
@@ -95,14 +118,18 @@ def test_the_key_is_what_shapes_the_weights():
         assert dataclasses.replace(settings, **change).key() != settings.key()
 
 
-def test_best_weights_are_a_copy(small, tmp_path):
-    state = follow(small, tmp_path, epochs=2)
-    state["history"][0]["validation_accuracy"] = 101.0  # as if the first epoch had been the best
-    torch.save(state, tmp_path / f"{SETTINGS.key()}.pt")
-    kept = {k: v.clone() for k, v in state["best"].items()}
-    after = follow(small, tmp_path, epochs=3)
-    assert all(torch.equal(after["best"][k], kept[k]) for k in kept)
-    assert not torch.equal(after["model"]["classifier.weight"], kept["classifier.weight"])
+@pytest.fixture
+def worse_every_epoch(monkeypatch):
+    """Validation accuracy falls from epoch to epoch, whatever the network does."""
+    falling = itertools.count(50, -1)
+    monkeypatch.setattr(common, "accuracy", lambda *_: float(next(falling)))
+
+
+def test_best_weights_are_a_copy(small, two_epochs, tmp_path, worse_every_epoch):
+    state = follow(small, tmp_path, epochs=2)  # the first epoch is the best, and training went on
+    first = follow(small, tmp_path / "one", epochs=1)["model"]
+    assert all(torch.equal(state["best"][k], first[k]) for k in first)
+    assert not torch.equal(state["best"]["classifier.weight"], state["model"]["classifier.weight"])
 
 
 def test_the_best_weights_give_the_recorded_predictions(small, two_epochs):
@@ -135,6 +162,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_pat
     with pytest.raises(UserError, match="nan in epoch 2"):
         follow(small, tmp_path, epochs=2)
     assert path.read_bytes() == before
+
+
+def test_parts_of_a_batch_cover_it_once(monkeypatch):
+    for n, world in ((200, 2), (101, 3), (2, 4)):
+        monkeypatch.setattr(common, "world_size", lambda: world)
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr(common, "rank", lambda: rank)
+            parts += list(range(n))[common.my_part(n)]
+        assert parts == list(range(n))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Several processes on one training, under torchrun: the same losses and weights as one process, up to rounding."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import ROOT
+
+LOSS_TOLERANCE = 2e-3  # the sums over a batch are split in two, so they round differently,
+WEIGHT_TOLERANCE = 5e-3  # and Adam's first steps turn the rounding of a tiny gradient into a whole step of 2e-3
+
+
+def launch(folder, epochs, processes):
+    """Question 1 on the sample, under torchrun or, with one process, without it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "q1_convnet.py")]
+    options = ["--sample", "--precision", "fp32", f"--epochs={epochs}"]
+    folders = [f"--output-dir={folder / 'out'}", f"--checkpoint-dir={folder / 'checkpoints'}"]
+    return subprocess.Popen(command + options + folders, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Wait for the process, which must succeed; returns its standard error."""
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return err
+
+
+def checkpoint(folder):
+    (path,) = (folder / "checkpoints").glob("*.pt")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """The checkpoints of one process after one epoch and after two."""
+    folder, states = tmp_path_factory.mktemp("alone"), []
+    for epochs in (1, 2):
+        finish(launch(folder, epochs, processes=1))
+        states.append(checkpoint(folder))
+    return states
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the process to kill in /proc")
+def test_two_processes_agree_with_one_and_one_goes_on_after_a_kill(alone, tmp_path):
+    process = launch(tmp_path, 2, processes=2)
+    for line in process.stderr:
+        if "epoch 1/2" in line:  # written when the epoch is over
+            break
+    else:
+        pytest.fail("ended before the second epoch")
+    kill_rank_one(process.pid)
+    process.communicate()
+    assert process.returncode != 0
+    two = checkpoint(tmp_path)
+    assert len(two["history"]) == 1 and two["environments"][0]["processes"] == 2
+    for ours, theirs in zip(two["optimizer"]["state"].values(), alone[0]["optimizer"]["state"].values(), strict=True):
+        assert ours["exp_avg"].norm().item() == pytest.approx(theirs["exp_avg"].norm().item(), rel=0.1)  # gradients
+
+    err = finish(launch(tmp_path, 2, processes=1))
+    assert "epoch 2/2" in err and "epoch 1/2" not in err
+    resumed = checkpoint(tmp_path)
+    assert [e["processes"] for e in resumed["environments"]] == [2, 1]
+    for ours, theirs in zip(resumed["history"], alone[1]["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=LOSS_TOLERANCE)
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=LOSS_TOLERANCE)
+    for name, weight in alone[1]["model"].items():
+        torch.testing.assert_close(resumed["model"][name], weight, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+def kill_rank_one(launcher: int) -> None:
+    """SIGKILL the process of rank 1 among the launcher's children."""
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and b"RANK=1" in environment:
+            return os.kill(pid, signal.SIGKILL)
+    pytest.fail("there is no process of rank 1")
+
+
+def test_an_error_is_said_once(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way of the folder")
+    process = launch(tmp_path, 1, processes=2)
+    _, err = process.communicate()
+    assert process.returncode != 0
+    assert err.count("cannot write to") == 1 and "q1_convnet.py: cannot write to" in err
