@@ -117,6 +117,10 @@ class Run:
         """The network with fresh weights, from PyTorch's global generator."""
         return ConvNet(self.settings.batch_norm, self.settings.dropout)
 
+    def inputs(self, model: nn.Module, data: dict[str, "Split"]) -> dict[str, "Split"]:
+        """What the training loop is fed: the images, or what a frozen part of the network makes of them."""
+        return data
+
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
     """A 64-bit seed for one purpose in one epoch: all randomness is a function of (seed, epoch); none is ever saved."""
@@ -622,6 +626,7 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     else:
         state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": []}
         state["filters"] = [first_filters(model)]
+    data = run.inputs(model, data)
     history, images = state["history"], len(data["train"])
     here = environment(device, settings)
     network = distribute(model, device)

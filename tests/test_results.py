@@ -9,6 +9,7 @@ import common
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
+import q4_vgg_transfer
 from common import Claim, correct_images, judge, load_result, paired_difference, score, wilson_interval
 from q1_convnet import filters_become_smooth, smoothness
 from q3_augment_dropout import about_equal, narrowest_gap
@@ -204,7 +205,7 @@ def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
     assert "| convnet | - | - | - / - | 80.7 / - | - | - |" in text and "**not run**" in text
 
 
-QUESTIONS = [q1_convnet.QUESTION, q2_batchnorm_earlystop.QUESTION, q3_augment_dropout.QUESTION]
+QUESTIONS = [q.QUESTION for q in (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)]
 
 
 def test_the_committed_gallery_is_what_the_results_give(tmp_path, capsys):

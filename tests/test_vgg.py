@@ -1,0 +1,149 @@
+import dataclasses
+import hashlib
+import socket
+
+import pytest
+import torch
+from torchvision.models import vgg11_bn
+
+import common
+import q4_vgg_transfer
+from common import Run, Split, UserError, count_parameters, train
+from q4_vgg_transfer import OTHERS, VGG, VGG11, VGGRun, load_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of weights as torchvision's, of a random vgg11_bn, half precision."""
+    torch.manual_seed(3)
+    features = vgg11_bn().features
+    for name, buffer in features.named_buffers():
+        if "running_var" in name:
+            buffer.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    state = {f"features.{k}": v.half() if v.is_floating_point() else v for k, v in features.state_dict().items()}
+    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, path)
+    return path
+
+
+@pytest.fixture
+def tiny(small):
+    """Fewer images: 120 to train, in one batch, 50 and 50."""
+    sizes = {"train": 120, "validation": 50, "test": 50}
+    return {part: Split(split.images[: sizes[part]], split.labels[: sizes[part]]) for part, split in small.items()}
+
+
+def frozen(weights, **changes):
+    settings = dataclasses.replace(VGG, freeze=True, data="cifar10-sample", precision="fp32", epochs=2, batch_size=50)
+    return VGGRun("frozen", dataclasses.replace(settings, **changes), {}, str(weights))
+
+
+def test_parameters_of_backbone_and_head():
+    head = 512 * 256 + 256 + 2 * 256 + 256 * 10 + 10
+    assert count_parameters(VGG11(freeze=True)) == head
+    assert count_parameters(VGG11()) == head + 9_225_984  # the features of torchvision's vgg11_bn
+    assert VGG11()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_frozen_means_that_nothing_in_the_backbone_moves(weights, tiny, tmp_path):
+    class Plain(VGGRun):
+        inputs = Run.inputs  # runs the backbone every epoch, in training mode but for the freezing
+
+    run = frozen(weights, epochs=1)
+    state = train(Plain(run.name, run.settings, {}, run.source), tiny, CPU, tmp_path / "plain.pt")["model"]
+    for name, tensor in load_weights(str(weights)).items():
+        assert torch.equal(state[f"features.{name}"], tensor), name
+    fresh = common.prepare(run, CPU)[0].state_dict()
+    assert not torch.equal(state["head.0.weight"], fresh["head.0.weight"])
+    assert not torch.equal(state["head.1.running_mean"], fresh["head.1.running_mean"])
+
+
+def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights, tiny, tmp_path):
+    run = frozen(weights)
+
+    class Plain(VGGRun):
+        inputs = Run.inputs
+
+    plain = train(Plain(run.name, run.settings, {}, run.source), tiny, CPU, tmp_path / "plain.pt")
+    cached = train(run, tiny, CPU, tmp_path / "cached.pt")
+    for a, b in zip(plain["history"], cached["history"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
+    assert all(map(torch.equal, plain["predictions"], cached["predictions"]))
+
+
+def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, tiny):
+    run = frozen(weights)
+    model, _ = common.prepare(run, CPU)
+    model.eval()
+    cached = run.inputs(model, tiny)["train"]
+    index = torch.randperm(120)[:64]
+    images, labels = tiny["train"].batch(index, run.settings, common.generator(0, 1, "augment"))
+    features, same_labels = cached.batch(index, run.settings, common.generator(0, 1, "augment"))
+    with torch.no_grad():
+        torch.testing.assert_close(features, model.features(images).flatten(1), atol=1e-4, rtol=1e-4)
+    assert torch.equal(labels, same_labels)
+    assert (cached.images[:, 0] - cached.images[:, 1]).abs().amax(1).min() > 1e-3  # a mirror image has other features
+
+
+def test_weights_are_loaded_and_finetuned(weights, tiny, tmp_path):
+    run = frozen(weights, freeze=False, epochs=1)
+    model, _ = common.prepare(run, CPU)
+    loaded = load_weights(str(weights))
+    assert all(torch.equal(v, loaded[k]) for k, v in model.features.state_dict().items())
+    state = train(run, tiny, CPU, tmp_path / "finetune.pt")["model"]
+    assert not torch.equal(state["features.0.weight"], loaded["0.weight"])
+
+
+def test_runs_of_other_weights_are_named_by_them(weights):
+    args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", str(weights), "--sample"])
+    runs = common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert [r.name for r in runs] == [
+        f"frozen_random_{digest[:8]}",
+        f"finetune_random_{digest[:8]}",
+        "convnet",
+        "scratch",
+    ]
+    assert digest in runs[0].settings.weights and runs[0].reported == {} == runs[1].reported
+    assert len({run.settings.key() for run in runs}) == 4
+
+
+def test_without_weights_there_is_nothing_to_transfer():
+    args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", "none"])
+    assert [run.name for run in common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)] == [r.name for r in OTHERS]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "not a state dict", "missing key", "wrong shape", "pickle"])
+def test_bad_weight_files(weights, tmp_path, capsys, damage):
+    path = tmp_path / "bad.pth"
+    state = torch.load(weights, weights_only=True)
+    if damage == "truncated":
+        path.write_bytes(weights.read_bytes()[:1_000_000])
+    elif damage == "not a state dict":
+        torch.save(["a", "list"], path)
+    elif damage == "missing key":
+        del state["features.4.weight"]
+        torch.save(state, path)
+    elif damage == "wrong shape":
+        torch.save(state | {"features.4.weight": torch.zeros(3)}, path)
+    elif damage == "pickle":
+        torch.save({"features": print}, path)  # code, which weights_only refuses
+    options = ["--sample", "--weights", str(path), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        common.run_question(q4_vgg_transfer.QUESTION, [*options, "--checkpoint-dir", str(tmp_path / "checkpoints")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.splitlines()) == 1 and str(path) in err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
+    def refuse(*_args, **_kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded .*--weights another file, or none"):
+        load_weights("imagenet")
