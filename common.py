@@ -626,14 +626,20 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     else:
         state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": []}
         state["filters"] = [first_filters(model)]
-    data = run.inputs(model, data)
     history, images = state["history"], len(data["train"])
+
+    def ended() -> bool:
+        accuracies = [entry["validation_accuracy"] for entry in history]
+        return stopping_epoch(accuracies, settings.epochs, settings.patience) is not None
+
+    if ended():
+        return state
+    data = run.inputs(model, data)
     here = environment(device, settings)
     network = distribute(model, device)
-
     progress = tqdm(
         total=settings.epochs * images,
-        initial=min(len(history), settings.epochs) * images,
+        initial=len(history) * images,
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
@@ -641,7 +647,7 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
         disable=True if rank() else None,
     )
     with progress:
-        while stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience) is None:
+        while not ended():
             start, epoch = time.perf_counter(), len(history) + 1
             progress.set_description_str(f"{run.name} seed {settings.seed} epoch {epoch}/{settings.epochs}")
             lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
@@ -678,18 +684,13 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
 def report_epoch(progress: tqdm, name: str, settings: Settings, history: list[dict], speed: float) -> None:
     """The bar on a terminal; on anything else one line per epoch."""
     last = history[-1]
-    numbers = (
-        f"train {last['train_loss']:.3f} val {last['validation_loss']:.3f} acc {last['validation_accuracy']:.1f} %"
-    )
+    losses = f"train {last['train_loss']:.3f} val {last['validation_loss']:.3f}"
+    numbers = f"{losses} acc {last['validation_accuracy']:.1f} %"
     progress.set_postfix_str(numbers)
-    if progress.disable and rank() == 0:
+    if progress.disable:
         left = (settings.epochs - last["epoch"]) * statistics.median(h["seconds"] for h in history)
-        print(
-            f"{name} seed {settings.seed} epoch {last['epoch']}/{settings.epochs}: {numbers}, {speed:.0f} img/s, "
-            f"at most {duration(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        place = f"{name} seed {settings.seed} epoch {last['epoch']}/{settings.epochs}"
+        tell(f"{place}: {numbers}, {speed:.0f} img/s, at most {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
@@ -785,15 +786,14 @@ def processes(device: torch.device) -> Iterator[None]:
 def environment(device: torch.device, settings: Settings) -> dict:
     """What the numbers may depend on beyond the settings."""
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    devices = {"cpu": f"{cpu}, {os.cpu_count()} cores"}
+    if device.type == "cuda":
+        devices["cuda"] = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a plain string, else weights_only refuses the checkpoint
         "torchvision": torchvision.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{cpu}, {os.cpu_count()} cores"
-        if device.type == "cpu"
-        else device.type,
+        "device": devices.get(device.type, device.type),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
@@ -929,9 +929,8 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
 def write_result(folder: Path, result: dict, state: dict) -> None:
     """seed<N>.json, and seed<N>_filters.npz: the first layer before training, at the best and at the last epoch."""
     text = json.dumps(result, indent=2)
-    text = re.sub(
-        r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text
-    )  # innermost lists on one line
+    innermost = r"[\[{][^\[\]{}]*[\]}]"  # on one line each
+    text = re.sub(innermost, lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: state["filters"][epoch].numpy() for name, epoch in epochs.items()})
@@ -1430,9 +1429,10 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
                 state += ", old result"  # of another machine, or of before --fresh
             seconds += [h["seconds"] for h in history]
             rows.append((run.name, seed, settings.epochs, state, left))
+    width = max(len(run.name) for run in runs)
     for name, seed, epochs, state, left in rows:
         time_left = f"at most {duration(left * statistics.median(seconds))} left" if seconds else f"{left} epochs left"
-        print(f"{name:<28} seed {seed}  {epochs:>3} epochs  {state:<26}{time_left if left else ''}".rstrip())
+        print(f"{name:<{width}}  seed {seed}  {epochs:>3} epochs  {state:<26}{time_left if left else ''}".rstrip())
 
 
 def set_aside(path: Path) -> None:

@@ -19,11 +19,11 @@ def sample():
 
 @pytest.fixture(scope="session")
 def small(sample):
-    """A few real images: 250 to train (a batch of 200 and one of 50), 100 to validate, 100 to test."""
+    """A few real images: 120 to train, 50 to validate, 50 to test."""
     spread = {
         part: torch.randperm(len(split), generator=torch.Generator().manual_seed(1)) for part, split in sample.items()
     }
-    sizes = {"train": 250, "validation": 100, "test": 100}
+    sizes = {"train": 120, "validation": 50, "test": 50}
     return {p: Split(s.images[spread[p][: sizes[p]]], s.labels[spread[p][: sizes[p]]]) for p, s in sample.items()}
 
 

@@ -165,15 +165,8 @@ def test_the_command_line_end_to_end(finished):
     assert err.count("img/s") == 3 and "\r" not in err  # not a terminal: one line per epoch
     run = folder / "out/sample/q1/convnet_3epochs"
     names = {path.name for path in run.iterdir()}
-    assert names == {
-        "seed0.json",
-        "seed0_filters.npz",
-        "network.txt",
-        "losses.png",
-        "accuracy.png",
-        "filters.png",
-        "confusion.png",
-    }
+    figures = {f"{name}.png" for name in (*common.RUN_FIGURES, "filters_before", "filters_after")}
+    assert names == {"seed0.json", "seed0_filters.npz", "network.txt", *figures}
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
     assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs

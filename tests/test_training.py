@@ -22,7 +22,9 @@ from common import (
 from conftest import start
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(data="cifar10-sample", precision="fp32", dropout=0.2, epochs=2)
+SETTINGS = Settings(
+    data="cifar10-sample", precision="fp32", dropout=0.2, epochs=2, batch_size=80
+)  # batches of 80 and 40
 
 
 def follow(small, folder, **changes):
@@ -214,7 +216,7 @@ def test_killed_runs_go_on_to_the_same_end(finished, tmp_path):
         process.send_signal(kill)
         _, err = process.communicate()
         if kill == signal.SIGTERM:
-            assert process.returncode == 130 and len(err.splitlines()) == 1 and "same command goes on" in err
+            assert process.returncode == 130 and len(err.splitlines()) == 1 and "the same command" in err
         else:
             assert process.returncode == -signal.SIGKILL
         assert not list((tmp_path / "out").rglob("*.json"))  # nothing that looks like a result

@@ -8,7 +8,7 @@ from torchvision.models import vgg11_bn
 
 import common
 import q4_vgg_transfer
-from common import Run, Split, UserError, count_parameters, train
+from common import Run, UserError, count_parameters, train
 from q4_vgg_transfer import OTHERS, VGG, VGG11, VGGRun, load_weights
 
 CPU = torch.device("cpu")
@@ -28,13 +28,6 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def tiny(small):
-    """Fewer images: 120 to train, in one batch, 50 and 50."""
-    sizes = {"train": 120, "validation": 50, "test": 50}
-    return {part: Split(split.images[: sizes[part]], split.labels[: sizes[part]]) for part, split in small.items()}
-
-
 def frozen(weights, **changes):
     settings = dataclasses.replace(VGG, freeze=True, data="cifar10-sample", precision="fp32", epochs=2, batch_size=50)
     return VGGRun("frozen", dataclasses.replace(settings, **changes), {}, str(weights))
@@ -47,12 +40,12 @@ def test_parameters_of_backbone_and_head():
     assert VGG11()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_frozen_means_that_nothing_in_the_backbone_moves(weights, tiny, tmp_path):
+def test_frozen_means_that_nothing_in_the_backbone_moves(weights, small, tmp_path):
     class Plain(VGGRun):
         inputs = Run.inputs  # runs the backbone every epoch, in training mode but for the freezing
 
     run = frozen(weights, epochs=1)
-    state = train(Plain(run.name, run.settings, {}, run.source), tiny, CPU, tmp_path / "plain.pt")["model"]
+    state = train(Plain(run.name, run.settings, {}, run.source), small, CPU, tmp_path / "plain.pt")["model"]
     for name, tensor in load_weights(str(weights)).items():
         assert torch.equal(state[f"features.{name}"], tensor), name
     fresh = common.prepare(run, CPU)[0].state_dict()
@@ -60,27 +53,27 @@ def test_frozen_means_that_nothing_in_the_backbone_moves(weights, tiny, tmp_path
     assert not torch.equal(state["head.1.running_mean"], fresh["head.1.running_mean"])
 
 
-def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights, tiny, tmp_path):
+def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights, small, tmp_path):
     run = frozen(weights)
 
     class Plain(VGGRun):
         inputs = Run.inputs
 
-    plain = train(Plain(run.name, run.settings, {}, run.source), tiny, CPU, tmp_path / "plain.pt")
-    cached = train(run, tiny, CPU, tmp_path / "cached.pt")
+    plain = train(Plain(run.name, run.settings, {}, run.source), small, CPU, tmp_path / "plain.pt")
+    cached = train(run, small, CPU, tmp_path / "cached.pt")
     for a, b in zip(plain["history"], cached["history"], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
     assert all(map(torch.equal, plain["predictions"], cached["predictions"]))
 
 
-def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, tiny):
+def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, small):
     run = frozen(weights)
     model, _ = common.prepare(run, CPU)
     model.eval()
-    cached = run.inputs(model, tiny)["train"]
+    cached = run.inputs(model, small)["train"]
     index = torch.randperm(120)[:64]
-    images, labels = tiny["train"].batch(index, run.settings, common.generator(0, 1, "augment"))
+    images, labels = small["train"].batch(index, run.settings, common.generator(0, 1, "augment"))
     features, same_labels = cached.batch(index, run.settings, common.generator(0, 1, "augment"))
     with torch.no_grad():
         torch.testing.assert_close(features, model.features(images).flatten(1), atol=1e-4, rtol=1e-4)
@@ -88,12 +81,12 @@ def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, tin
     assert (cached.images[:, 0] - cached.images[:, 1]).abs().amax(1).min() > 1e-3  # a mirror image has other features
 
 
-def test_weights_are_loaded_and_finetuned(weights, tiny, tmp_path):
+def test_weights_are_loaded_and_finetuned(weights, small, tmp_path):
     run = frozen(weights, freeze=False, epochs=1)
     model, _ = common.prepare(run, CPU)
     loaded = load_weights(str(weights))
     assert all(torch.equal(v, loaded[k]) for k, v in model.features.state_dict().items())
-    state = train(run, tiny, CPU, tmp_path / "finetune.pt")["model"]
+    state = train(run, small, CPU, tmp_path / "finetune.pt")["model"]
     assert not torch.equal(state["features.0.weight"], loaded["0.weight"])
 
 
