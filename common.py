@@ -48,7 +48,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 REPORT_TEST_IMAGES = 1000  # the report's test accuracies are "on the 1000 test images": the first ones
-SAMPLE_DIR, SAMPLE_COLUMNS, SAMPLE_EPOCHS = ROOT / "sample", 50, 15
+SAMPLE_DIR, SAMPLE_COLUMNS, SAMPLE_EPOCHS = ROOT / "sample", 50, 10
 
 
 class UserError(Exception):
