@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -289,21 +288,3 @@ def test_blur_sigma_is_uniform(sigma):
 @EVERY
 def test_repr_holds_every_setting(augmentation):
     assert eval(repr(augmentation)) == augmentation
-
-
-@pytest.mark.parametrize(
-    "kind, setting",
-    [
-        *((kind, {"p": p}) for kind in (HorizontalFlip, Grayscale, GaussianBlur, ColorJitter) for p in (-0.1, 1.1)),
-        (HorizontalFlip, {"p": math.nan}),
-        (RandomCrop, {"padding": -1}),
-        *((GaussianBlur, {"kernel_size": size}) for size in (-3, 0, 4)),
-        *((GaussianBlur, {"sigma": sigma}) for sigma in ((0.0, 1.0), (2.0, 1.0))),
-        *((ColorJitter, {name: -0.1}) for name in ("brightness", "contrast", "saturation", "hue")),
-        (ColorJitter, {"hue": 0.6}),
-    ],
-)
-def test_invalid_settings(kind, setting):
-    (value,) = setting.values()
-    with pytest.raises(ValueError, match=re.escape(str(value))):  # the message shows what was wrong
-        kind(**setting)
