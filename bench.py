@@ -16,7 +16,7 @@ Printed: the machine, and two tables.
 - Augmentation: ms per batch of 200, torchvision's on PIL images one by one in one process, and ours; the share of our
   training step that ours would take.
 
-Two CPU cores need some 20 minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
+Two CPU cores need five to ten minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
 """
 
 import argparse
@@ -307,8 +307,8 @@ def print_augmentation(rows: Sequence[tuple[str, tuple, list]], images: Tensor, 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each loop; default 5")
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps per turn; default 20")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of each loop; default 3")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
     parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download")
     parser.add_argument("--data-dir", help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")

@@ -1,11 +1,15 @@
 """Question 1: a convolutional network for CIFAR-10.
 
     python q1_convnet.py            # 20 epochs on the full CIFAR-10, downloaded into data/
-    python q1_convnet.py --sample   # about a minute, the bundled images
+    python q1_convnet.py --sample   # a minute or two, the bundled images
 
 The report: validation loss is lowest near epoch 11 and then rises while the training loss falls (overfitting); the
 network has 7,678,474 parameters; its first-layer filters look like white noise before training and show edges and
 colour patches after; 80.7 % of the first 1,000 test images are right.
+
+Here: validation loss is lowest in epoch 11 too, and rises from 0.59 to 0.78 while the training loss falls to 0.09; the
+filters' smooth share rises from 35 % (white noise: 33) to 44 %; 79.7 % of the first 1,000 test images are right, 78.7 %
+[77.9, 79.5] of all 10,000.
 """
 
 from pathlib import Path
