@@ -80,9 +80,7 @@ class Settings:
     learning_rate: float = 2e-3
     lr_decay: float = 0.95  # the learning rate is multiplied by this after every epoch
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
-    precision: str = field(
-        default="auto", metadata={"help": "fp32, bf16, or auto: bf16 where the device computes it natively"}
-    )
+    precision: str = field(default="auto", metadata={"help": "fp32, bf16, or auto: bf16 where the device computes it natively"})
     seed: int = 0
     epochs: int = field(default=20, metadata={"help": "train this many epochs instead of the report's number"})
     patience: int | None = None  # stop after this many epochs without a better validation accuracy
@@ -1331,6 +1329,7 @@ class Question:
     claims: Sequence[Claim] = ()
     figures: Callable[[dict[str, list[dict]]], dict[str, Figure]] | None = None  # of all results, by file name
     table: Callable[[dict[str, list[dict]]], list[list[str]]] | None = None  # of all results: a head and rows
+    beside: dict[str, str] = field(default_factory=dict)  # other questions' runs, for figures and claims: run, question
     options: dict[str, dict] = field(default_factory=dict)  # its own options: arguments of add_argument
     configure: Callable[[Sequence[Run], argparse.Namespace], Sequence[Run]] | None = None  # the runs, as those ask
 
@@ -1504,10 +1503,14 @@ def write_question(question: Question, folder: Path, sample: bool) -> None:
         results = {name: found for name in [*reported, *others] if (found := load_results(folder / name))}
         for name, found in results.items():
             plot_run(found, folder / name)
-        figures = question.figures(results) if question.figures else {}
+        beside = {
+            run: found for run, other in question.beside.items() if (found := load_results(folder.parent / other / run))
+        }
+        everything = results | beside
+        figures = question.figures(everything) if question.figures else {}
         for name, figure in figures.items():
             save_figure(figure, folder / name)
-        verdicts = [judge(claim, results, folder) for claim in question.claims]
+        verdicts = [judge(claim, everything, folder) for claim in question.claims]
         write_atomic(folder / "claims.json", (json.dumps(verdicts, indent=2, ensure_ascii=False) + "\n").encode())
         rows = [table_row(name, results.get(name, []), reported.get(name)) for name in reported | results]
         tables = [[table_head(sample), *rows]]

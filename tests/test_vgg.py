@@ -9,7 +9,7 @@ from torchvision.models import vgg11_bn
 import common
 import q4_vgg_transfer
 from common import Run, UserError, count_parameters, train
-from q4_vgg_transfer import OTHERS, VGG, VGG11, VGGRun, load_weights
+from q4_vgg_transfer import VGG, VGG11, VGGRun, load_weights
 
 CPU = torch.device("cpu")
 
@@ -94,19 +94,14 @@ def test_runs_of_other_weights_are_named_by_them(weights):
     args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", str(weights), "--sample"])
     runs = common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert [r.name for r in runs] == [
-        f"frozen_random_{digest[:8]}",
-        f"finetune_random_{digest[:8]}",
-        "convnet",
-        "scratch",
-    ]
+    assert [r.name for r in runs] == [f"frozen_random_{digest[:8]}", f"finetune_random_{digest[:8]}", "scratch"]
     assert digest in runs[0].settings.weights and runs[0].reported == {} == runs[1].reported
-    assert len({run.settings.key() for run in runs}) == 4
+    assert len({run.settings.key() for run in runs}) == 3
 
 
 def test_without_weights_there_is_nothing_to_transfer():
     args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", "none"])
-    assert [run.name for run in common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)] == [r.name for r in OTHERS]
+    assert [run.name for run in common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)] == ["scratch"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "not a state dict", "missing key", "wrong shape", "pickle"])
