@@ -57,6 +57,21 @@ def test_bf16_where_it_is_not_native(fails, monkeypatch):
     assert common.choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
+@pytest.mark.parametrize(
+    "capabilities, auto",
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon"}, "fp32"),
+        ({"bf16": True}, "bf16"),
+    ],
+)
+def test_auto_is_bf16_where_it_pays(monkeypatch, capabilities, auto):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert common.choose_precision("auto", torch.device("cpu")) == auto
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*_args, **_kwargs):
