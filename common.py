@@ -1293,8 +1293,9 @@ def gallery_section(
         judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
         lines += [*markdown_table([["claim", "the report says", "verdict", "measured"], *judged]), ""]
     lines += [f"![{name}]({question.name}/{name})\n" for name in figures]
+    folded = "<details>" if figures else "<details open>"
     for name in results:
-        lines += [f"<details><summary>{name}: curves, filters, confusion matrix</summary>", ""]
+        lines += [f"{folded}<summary>{name}: curves, filters, confusion matrix</summary>", ""]
         lines += [f"![{name} {kind}]({question.name}/{name}/{kind}.png)" for kind in RUN_FIGURES]
         lines += ["", "</details>", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -1431,13 +1432,13 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
             if stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience):
                 state, left = "done" if result else "trained, no result yet", 0
             elif result:
-                state += ", old result"  # of another machine, or of before --fresh
+                state += " (has a result)"  # of another machine, or of before --fresh
             seconds += [h["seconds"] for h in history]
             rows.append((run.name, seed, settings.epochs, state, left))
     width = max(len(run.name) for run in runs)
     for name, seed, epochs, state, left in rows:
         time_left = f"at most {duration(left * statistics.median(seconds))} left" if seconds else f"{left} epochs left"
-        print(f"{name:<{width}}  seed {seed}  {epochs:>3} epochs  {state:<26}{time_left if left else ''}".rstrip())
+        print(f"{name:<{width}}  seed {seed}  {epochs:>3} epochs  {state:<28}{time_left if left else ''}".rstrip())
 
 
 def set_aside(path: Path) -> None:
