@@ -99,7 +99,8 @@ def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) 
         return None
     gaps = {n: abs(loss_gap(results[n])) for n in [name, *others]}
     verdict = "holds" if min(gaps, key=gaps.get) == name else "does not hold"
-    return {"verdict": verdict, "evidence": "loss gap " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())}
+    evidence = "loss gap " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
+    return {"verdict": verdict, "evidence": evidence, "seeds": min(len(results[n]) for n in gaps)}
 
 
 def two_best(results: dict[str, list[dict]], folder: Path) -> dict | None:
@@ -121,7 +122,10 @@ CLAIMS = [
     Claim(
         5,
         "Horizontal flipping helps, best near p=0.5 to 0.7, and p=0.9 hurts.",
-        (("flip_p0.5", "baseline"), ("flip_p0.7", "baseline"), ("flip_p0.5", "flip_p0.1"), ("baseline", "flip_p0.9")),
+        (
+            *((f"flip_p{p}", worse) for p in (0.5, 0.7) for worse in ("baseline", "flip_p0.1", "flip_p0.3")),
+            ("baseline", "flip_p0.9"),
+        ),
     ),
     Claim(
         6,
@@ -155,7 +159,7 @@ CLAIMS = [
 def rate(text: str) -> float:
     """Type of --dropout."""
     try:
-        value = float(text)
+        value = round(float(text), 4)
     except ValueError:
         value = -1.0
     if not 0 < value < 1:
@@ -165,11 +169,13 @@ def rate(text: str) -> float:
 
 def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
     """The report's runs, and one for every other dropout rate asked for."""
-    return [*runs, *(dropout_run(round(p, 4)) for p in args.dropout if p not in DROPOUT)]
+    return [*runs, *(dropout_run(p) for p in args.dropout if p not in DROPOUT)]
 
 
 def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading: str, xlabel: str) -> Figure:
-    """Test accuracy over a rate, all images with their intervals, beside the report's numbers and the baseline."""
+    """Test accuracy over a rate, all images with their intervals, beside the report's numbers and the baseline; on
+    the right the gap between the losses.
+    """
     there = {x: results[name] for x, name in points.items() if name in results}
     figure = Figure(figsize=(7.5, 4.5))
     axes = figure.add_subplot(title=title({**next(iter(there.values()))[0], "run": ""}, heading))
@@ -185,7 +191,10 @@ def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading
         value = np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results["baseline"]])
         axes.axhline(value, color="tab:green", linestyle=":", label=f"baseline {value:.1f} %")
     axes.xaxis.get_major_locator().set_params(integer=False)
-    axes.legend()
+    axes.legend(loc="lower left")
+    gap = axes.twinx()
+    gap.set_ylabel("validation loss − training loss, last epoch", color="tab:red")
+    gap.plot(list(there), [loss_gap(found) for found in there.values()], "s--", color="tab:red", alpha=0.6)
     return figure
 
 
