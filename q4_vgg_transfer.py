@@ -15,6 +15,7 @@ its mirror image, and the epochs train the head on those.
 import argparse
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +35,9 @@ from common import (
     UserError,
     autocast,
     init_linear,
+    judge,
     new_axes,
-    paired_difference,
     plot_curve,
-    points,
     rank,
     run_question,
     title,
@@ -82,6 +82,10 @@ class VGG11(nn.Module):
         return self.head(inputs)
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @functools.cache
 def load_weights(source: str) -> dict[str, Tensor]:
     """The backbone's state dict, float32: from torchvision ("imagenet", hash checked), or a file with its `features.*`.
@@ -91,6 +95,9 @@ def load_weights(source: str) -> dict[str, Tensor]:
     try:
         if source == "imagenet":
             state = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
+            cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
+            if not sha256(cached).startswith(cached.stem.split("-")[1]):  # torch checks what it downloads, only then
+                raise ValueError(f"{cached} has another SHA-256; delete it")
         else:
             state = torch.load(source, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch; a download in the network
@@ -114,9 +121,6 @@ def load_weights(source: str) -> dict[str, Tensor]:
 
 class FeatureSplit(Split):
     """The backbone's features of every image and of its mirror image, float32 [N, 2, 512], in place of the images."""
-
-    def __init__(self, features: Tensor, labels: Tensor):
-        super().__init__(features, labels)
 
     def batch(self, index, settings, rng=None, part=slice(None)):
         """As `Split.batch`, with the same draws: features [b, 512], of the mirror image where the draw says so."""
@@ -181,25 +185,24 @@ def with_weights(runs: list[Run], args: argparse.Namespace) -> list[Run]:
         return [SCRATCH]
     path = Path(args.weights)
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read --weights {path}: {error.strerror}") from error
     load_weights(str(path))  # before anything is trained
     return [*transfer_runs(str(path), f"{path.stem}_{digest[:8]}", f"{path.name} sha256:{digest}"), SCRATCH]
 
 
+def transfer_pairs(label: str) -> tuple[tuple[str, str], ...]:
+    """Claim 10's comparisons, with the weights of this label."""
+    frozen, finetune = f"frozen_{label}", f"finetune_{label}"
+    return ("convnet", frozen), (finetune, "scratch"), (finetune, "convnet")
+
+
 def stand_ins(results: dict[str, list[dict]], folder: Path) -> dict | None:
-    """Claim 10 judged with every other set of weights there is; not the report's setting."""
-    labels = [n.removeprefix("frozen_") for n in results if n.startswith("frozen_") and n != "frozen_imagenet"]
-    pairs = [p for label in labels for p in (("convnet", f"frozen_{label}"), (f"finetune_{label}", "scratch"))]
-    found = {(a, b): paired_difference(results.get(a, []), results.get(b, [])) for a, b in pairs}
-    found = {pair: difference for pair, difference in found.items() if "difference" in difference}
-    if not found:
-        return None
-    verdicts = [difference["verdict"] for difference in found.values()]
-    evidence = "; ".join(f"{a} − {b}: {points(difference)}" for (a, b), difference in found.items())
-    verdict = next((v for v in ("does not hold", "within noise") if v in verdicts), "holds")
-    return {"seeds": min(d["seeds"] for d in found.values()), "verdict": verdict, "evidence": evidence}
+    """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
+    names = [re.fullmatch(r"(?:frozen|finetune)_(.+_[0-9a-f]{8})", name) for name in results]
+    pairs = [pair for label in sorted({name[1] for name in names if name}) for pair in transfer_pairs(label)]
+    return judge(Claim(10, "", tuple(pairs)), results, folder) if pairs else None
 
 
 CLAIMS = [
@@ -207,7 +210,7 @@ CLAIMS = [
         10,
         "A frozen ImageNet VGG11_bn is worse than the own network trained from scratch; fine-tuning it is best (89.2), "
         "above training the same network from scratch (87.3).",
-        (("convnet", "frozen_imagenet"), ("finetune_imagenet", "scratch"), ("finetune_imagenet", "convnet")),
+        transfer_pairs("imagenet"),
     ),
     Claim(10, "The same with other weights than ImageNet's: not the report's setting.", criterion=stand_ins),
 ]
@@ -252,7 +255,7 @@ QUESTION = Question(
         "--weights": {
             "default": "imagenet",
             "metavar": "WHAT",
-            "help": "imagenet (torchvision's, default), a file with a state dict, or none",
+            "help": "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none",
         }
     },
     configure=with_weights,

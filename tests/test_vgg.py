@@ -1,6 +1,8 @@
 import dataclasses
 import hashlib
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights,
     for a, b in zip(plain["history"], cached["history"], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
-    assert all(map(torch.equal, plain["predictions"], cached["predictions"]))
+    assert all(torch.equal(a, b) for a, b in zip(plain["predictions"], cached["predictions"], strict=True))
 
 
 def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, small):
@@ -125,6 +127,15 @@ def test_bad_weight_files(weights, tmp_path, capsys, damage):
     err = capsys.readouterr().err
     assert end.value.code == 2 and len(err.splitlines()) == 1 and str(path) in err
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_other_weights_in_torchs_cache_do_not_pass_for_imagenets(weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints" / Path(q4_vgg_transfer.IMAGENET.url).name
+    cached.parent.mkdir(parents=True)
+    shutil.copy(weights, cached)
+    with pytest.raises(UserError, match=f"{cached} has another SHA-256"):
+        load_weights("imagenet")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
