@@ -9,10 +9,12 @@ PIL images, float32, NCHW, the default Adam, `loss.item()` at every step. Ours i
 question scripts do. Each has a process of its own and starts from the same weights; after a warm-up they take turns.
 
 Printed: the machine, and two tables.
-- Training, without and with batch norm: ms per step (median over rounds) and images/s of both; how many times faster
-  ours is (median, least and greatest of the rounds' ratios); the peak memory of each process (on CUDA: of its tensors;
-  else all of it, Python and libraries included, the DataLoader's workers left out); the share of our step that is spent
-  outside the network, on data and logging.
+- Training question 1's network, without and with batch norm: ms per step (median over rounds) and images/s of both; how
+  many times faster ours is (median, least and greatest of the rounds' ratios); the peak memory of each process (on
+  CUDA: of its tensors; else all of it, Python and libraries included, the DataLoader's workers left out); the share of
+  our step that is spent outside the network, on data and logging.
+  The last row is question 4's frozen VGG11_bn, 30 epochs with their share of validation and test images: the plain loop
+  runs the backbone in every epoch (one is timed, all cost the same), ours once per image and mirror image.
 - Augmentation: ms per batch of 200, torchvision's on PIL images one by one in one process, and ours; the share of our
   training step that ours would take.
 
@@ -30,8 +32,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,7 @@ from common import (
     choose_device,
     choose_precision,
     environment,
+    evaluate,
     fail,
     find_data_dir,
     generator,
@@ -69,10 +73,12 @@ from common import (
     stream_seed,
     train_epoch,
 )
+from q4_vgg_transfer import VGG, VGG11, VGGRun, compute_features
 
 LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
 WARM_UP_STEPS = 3
+EVALUATED = 11 / 49  # validation and test images for every training image
 BLUR = {"kernel_size": 3, "sigma": (0.1, 2.0)}
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 CROP_FLIP = (RandomCrop(padding=4), HorizontalFlip(p=0.5))
@@ -131,70 +137,143 @@ class SampleImages(Dataset):
         return self.transform(self.images[i]), self.labels[i]
 
 
-def plain_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
-    """The baseline. Returns train(steps)."""
-    transform = T.Compose([T.ToTensor(), T.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+def plain_loader(settings: Settings, data_dir: str | None, transforms: Sequence[Callable] = ()) -> Iterator:
+    """The training batches of a DataLoader, epoch after epoch."""
+    transform = T.Compose([*transforms, T.ToTensor(), T.Normalize(settings.mean, settings.std)])
     sample = settings.data == "cifar10-sample"
     dataset = SampleImages(transform) if sample else CIFAR10(find_data_dir(data_dir), transform=transform)
     loader = DataLoader(
         dataset, batch_size=200, shuffle=True, num_workers=LOADER_WORKERS, persistent_workers=True, drop_last=True
     )
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def plain_epoch(model, optimizer, batches: Iterator, steps: int, device: torch.device) -> None:
+    """The baseline: what everyone writes."""
+    running_loss = 0.0
+    for images, labels in itertools.islice(batches, steps):
+        images, labels = images.to(device), labels.to(device)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+
+
+def evaluation_batches(steps: int) -> int:
+    """How many batches are evaluated after an epoch of so many steps."""
+    return max(1, round(steps * EVALUATED))
+
+
+def plain_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+    """Returns train(steps)."""
+    batches = plain_loader(settings, data_dir)
     torch.manual_seed(stream_seed(settings.seed, 0, "init"))
     model = ConvNet(settings.batch_norm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-3)
 
-    def train(steps: int) -> None:
+    def train(steps: int) -> int:
         model.train()
-        running_loss = 0.0
-        for images, labels in itertools.islice(batches, steps):
-            images, labels = images.to(device), labels.to(device)
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            running_loss += loss.item()
+        plain_epoch(model, optimizer, batches, steps, device)
+        return steps
 
     return train
+
+
+def plain_frozen_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+    """The frozen backbone in every step. Returns train(steps), one epoch of so many, evaluation included."""
+    batches = plain_loader(settings, data_dir, [T.RandomHorizontalFlip()])
+    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
+    model = VGG11(freeze=True).to(device)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+
+    def train(steps: int) -> int:
+        model.train()  # the backbone stays in evaluation mode
+        plain_epoch(model, optimizer, batches, steps, device)
+        model.eval()
+        with torch.no_grad():
+            for images, labels in itertools.islice(batches, evaluation_batches(steps)):
+                (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+        return steps
+
+    return train
+
+
+def our_data(settings: Settings, device: torch.device, data_dir: str | None) -> Split:
+    """The training images, set up as `common` does."""
+    keep_large_blocks()
+    choose_device(str(device))  # for what it sets in this process
+    data = load_sample() if settings.data == "cifar10-sample" else load_cifar10(find_data_dir(data_dir))
+    return data["train"].to(device)
+
+
+def first_batches(split: Split, count: int, settings: Settings) -> Split:
+    """So many batches; the sample's images come again."""
+    index = torch.arange(count * settings.batch_size) % len(split)
+    return Split(split.images[index], split.labels[index])
+
+
+def measure_outside(bar: tqdm, split: Split, device: torch.device, outside: list[float]) -> None:
+    """From now on, add the seconds of data and logging to `outside`."""
+    for owner, name in ((bar, "update"), (bar, "set_postfix_str"), (split, "batch")):
+        setattr(owner, name, timed(getattr(owner, name), device, outside))
 
 
 def our_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
     """What `common.train` sets up. Returns train(steps, outside); `outside` gets the seconds of data and logging."""
-    keep_large_blocks()
-    choose_device(str(device))  # for what it sets in this process
-    data = load_sample() if settings.data == "cifar10-sample" else load_cifar10(find_data_dir(data_dir))
-    data = {part: split.to(device) for part, split in data.items()}
+    images = our_data(settings, device, data_dir)
     model, optimizer = prepare(Run("bench", settings), device)
     epochs = itertools.count(1)
 
-    def train(steps: int, outside: list[float] | None = None) -> None:
-        images, labels = data["train"].images, data["train"].labels
-        with open(os.devnull, "w") as nowhere, tqdm(total=steps * settings.batch_size, file=nowhere) as bar:
+    def train(steps: int, outside: list[float] | None = None) -> int:
+        split = first_batches(images, steps, settings)
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
             if outside is not None:
-                bar.update = timed(bar.update, device, outside)
-                bar.set_postfix_str = timed(bar.set_postfix_str, device, outside)
-            while steps:  # a turn may be longer than an epoch of the sample
-                part = min(steps, len(labels) // settings.batch_size)
-                split = Split(images[: part * settings.batch_size], labels[: part * settings.batch_size])
-                if outside is not None:
-                    split.batch = timed(split.batch, device, outside)
-                train_epoch(model, optimizer, split, settings, next(epochs), bar)
-                steps -= part
+                measure_outside(bar, split, device, outside)
+            train_epoch(model, optimizer, split, settings, next(epochs), bar)
+        return steps
 
     return train
 
 
+def our_frozen_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+    """Question 4's frozen run. Returns train(steps, outside), 30 epochs of so many steps, evaluation included."""
+    images = our_data(settings, device, data_dir)
+    model, optimizer = prepare(VGGRun("bench", settings), device)
+
+    def train(steps: int, outside: list[float] | None = None) -> int:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
+            training, held_out = (first_batches(images, n, settings) for n in (steps, evaluation_batches(steps)))
+            features = compute_features(model, training, settings, mirror=True, name="training")
+            held_out = compute_features(model, held_out, settings, mirror=False, name="held-out")
+            if outside is not None:
+                measure_outside(bar, features, device, outside)
+            for epoch in range(1, settings.epochs + 1):
+                train_epoch(model, optimizer, features, settings, epoch, bar)
+                evaluate(model, held_out, settings)
+        return settings.epochs * steps
+
+    return train
+
+
+class Turn(NamedTuple):
+    ms: float  # per training step
+    outside: float  # share of the time
+    memory: float  # peak, MiB
+
+
 def serve(connection: Connection, make_loop: Callable, settings: Settings, device: torch.device, *args) -> None:
-    """Main program of a loop's process. Every message is (steps, *arguments); the answer (seconds, peak MiB)."""
+    """Main program of a loop's process. It says None when all is set up, then answers (steps, watched) with a Turn."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
         train = make_loop(settings, device, *args)
+        connection.send(None)
         while True:
-            steps, measure_outside = connection.recv()
+            steps, watched = connection.recv()
             seconds, outside = [], []
-            timed(train, device, seconds)(steps, *([outside] if measure_outside else []))
+            trained = timed(train, device, seconds)(steps, *([outside] if watched else []))
             time.sleep(SETTLE_SECONDS)
-            connection.send((seconds[0], sum(outside), peak_memory(device)))
+            connection.send(Turn(1000 * seconds[0] / trained, sum(outside) / seconds[0], peak_memory(device)))
     except UserError as error:
         connection.send(error)
     except (EOFError, BrokenPipeError):  # the parent is done
@@ -203,16 +282,15 @@ def serve(connection: Connection, make_loop: Callable, settings: Settings, devic
 
 @contextmanager
 def process_of(make_loop: Callable, *args) -> Iterator[Callable]:
-    """Start the loop's process; yields turn(steps, measure_outside) -> (seconds, seconds outside, peak MiB)."""
+    """Start the loop's process; yields turn(steps, watched) -> Turn."""
     context = multiprocessing.get_context("spawn")
     connection, remote = context.Pipe()
     process = context.Process(target=serve, args=(remote, make_loop, *args))
     process.start()
     remote.close()
 
-    def turn(steps: int, measure_outside: bool = False) -> tuple[float, float, float]:
+    def receive() -> Turn | None:
         try:
-            connection.send((steps, measure_outside))
             answer = connection.recv()
         except (EOFError, OSError) as error:
             raise UserError(f"the process of {make_loop.__name__} died; was there enough memory?") from error
@@ -220,8 +298,13 @@ def process_of(make_loop: Callable, *args) -> Iterator[Callable]:
             raise answer
         return answer
 
+    def turn(steps: int, watched: bool = False) -> Turn:
+        with suppress(OSError):  # a dead process shows below
+            connection.send((steps, watched))
+        return receive()
+
     try:
-        turn(0)  # returns when all is set up
+        receive()
         yield turn
     finally:
         connection.close()  # a process that waits for its turn ends by itself
@@ -233,28 +316,27 @@ def process_of(make_loop: Callable, *args) -> Iterator[Callable]:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def measure(settings: Settings, device: torch.device, args: argparse.Namespace, bar: tqdm) -> dict:
+def measure(name: str, plain_loop: Callable, our_loop: Callable, what: tuple, args, bar: tqdm) -> dict:
     """One row of the first table. Ours is set up first: it verifies the data, and downloads what is missing."""
-    what = (settings, device, args.data_dir)
 
-    def take(turn: Callable, steps: int, measure_outside: bool = False) -> tuple[float, float, float]:
-        answer = turn(steps, measure_outside)
+    def take(turn: Callable, steps: int, watched: bool = False) -> Turn:
+        answer = turn(steps, watched)
         bar.update(steps)
         return answer
 
     with process_of(our_loop, *what) as ours, process_of(plain_loop, *what) as plain:
         take(plain, WARM_UP_STEPS), take(ours, WARM_UP_STEPS)
         rounds = [(take(plain, args.steps), take(ours, args.steps)) for _ in range(args.rounds)]
-        total, outside, our_memory = take(ours, args.steps, True)  # apart: on a GPU, reading the clock costs time
-    ratios = [p[0] / o[0] for p, o in rounds]
+        last = take(ours, args.steps, True)  # apart: on a GPU, reading the clock costs time
+    ratios = [p.ms / o.ms for p, o in rounds]
     return {
-        "network": "ConvNet, batch norm" if settings.batch_norm else "ConvNet",
-        "plain_ms": statistics.median(1000 * p[0] / args.steps for p, _ in rounds),
-        "our_ms": statistics.median(1000 * o[0] / args.steps for _, o in rounds),
+        "network": name,
+        "plain_ms": statistics.median(p.ms for p, _ in rounds),
+        "our_ms": statistics.median(o.ms for _, o in rounds),
         "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})",
-        "plain_memory": rounds[-1][0][2],
-        "our_memory": our_memory,
-        "outside": outside / total,
+        "plain_memory": rounds[-1][0].memory,
+        "our_memory": last.memory,
+        "outside": last.outside,
     }
 
 
@@ -324,10 +406,16 @@ def run(args: argparse.Namespace) -> None:
         f"{here['device']}, {here['threads']} threads; torch {here['torch']}; plain fp32, ours {here['precision']}; "
         f"rounds x steps {args.rounds} x {args.steps}, batches of {settings.batch_size}, {data}"
     )
-    networks = [dataclasses.replace(settings, batch_norm=batch_norm) for batch_norm in (False, True)]
-    steps = len(networks) * (2 * WARM_UP_STEPS + (2 * args.rounds + 1) * args.steps)
+    batch_norm = dataclasses.replace(settings, batch_norm=True)
+    frozen = dataclasses.replace(VGG, freeze=True, data=settings.data, precision=settings.precision)
+    loops = [
+        ("ConvNet", plain_loop, our_loop, settings),
+        ("ConvNet, batch norm", plain_loop, our_loop, batch_norm),
+        ("VGG11_bn, frozen", plain_frozen_loop, our_frozen_loop, frozen),
+    ]
+    steps = len(loops) * (2 * WARM_UP_STEPS + (2 * args.rounds + 1) * args.steps)
     with tqdm(total=steps, desc="bench", unit="step", smoothing=0, dynamic_ncols=True, disable=None) as bar:
-        rows = [measure(network, device, args, bar) for network in networks]
+        rows = [measure(*loop, (network, device, args.data_dir), args, bar) for *loop, network in loops]
     print_training(rows, settings.batch_size)
     keep_large_blocks()
     train = (load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))["train"]
