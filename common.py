@@ -8,7 +8,6 @@ optimiser, initialisation) is that of the report and of the course exercise it a
 
 import argparse
 import base64
-import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -26,10 +25,10 @@ import sys
 import tempfile
 import textwrap
 import time
-import urllib.error
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,11 +47,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 REPORT_TEST_IMAGES = 1000  # the report's test accuracies are "on the 1000 test images": the first ones
-SAMPLE_DIR, SAMPLE_COLUMNS, SAMPLE_EPOCHS = ROOT / "sample", 50, 10
+SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 10
 
 
 class UserError(Exception):
-    """Something the user can mend: `main` prints it as one line on standard error and exits with code 2."""
+    """Something the user can mend: `run_question` prints it as one line on standard error and exits with code 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -98,7 +97,7 @@ class Settings:
         return {k: v for k, v in self.as_dict().items() if k not in ("epochs", "patience")}
 
     def key(self) -> str:
-        """Name of the trajectory's checkpoint, the same for every process, machine and question."""
+        """Name of the trajectory's checkpoint, the same in every process and question."""
         digest = hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
 
@@ -180,22 +179,22 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     """
     folder = data_dir / CIFAR10.base_folder
     files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
+
+    def problem() -> str | None:  # torchvision would not miss batches.meta
+        missing = [name for name in files if not (folder / name).exists()]
+        damaged = [n for n, md5 in files.items() if n not in missing and not check_integrity(str(folder / n), md5)]
+        if damaged:
+            return f"{folder / damaged[0]} is not the official file (its MD5 differs)"
+        return f"{folder} lacks {', '.join(missing)}" if missing else None
+
     try:
-        there = [name for name in files if (folder / name).exists()]
-        for name in there:
-            if not check_integrity(str(folder / name), files[name]):
-                raise UserError(
-                    f"{folder / name} is not the official file (its MD5 differs): "
-                    "delete it and run again to download CIFAR-10 anew"
-                )
-        if there and len(there) < len(files):  # torchvision would not miss batches.meta
-            raise UserError(
-                f"{folder} lacks {', '.join(sorted(files.keys() - set(there)))}: "
-                "delete the folder and run again to download CIFAR-10 anew"
-            )
-        with nullcontext() if there else file_lock(data_dir / ".download.lock"):  # one process downloads
+        # What is not whole may be what another process is downloading just now.
+        with nullcontext() if problem() is None else file_lock(data_dir / ".download.lock"):
+            there = any((folder / name).exists() for name in files)
+            if there and (found := problem()):
+                raise UserError(f"{found}: delete the folder and run again to download CIFAR-10 anew")
             parts = [CIFAR10(data_dir, train=train, download=not there) for train in (True, False)]
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"CIFAR-10 is not readable in {data_dir} and could not be downloaded ({error}): "
             f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to it, or use --sample"
@@ -569,7 +568,7 @@ def train_epoch(
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
         raise UserError(
-            f"the {name} loss became {loss} in epoch {epoch}; the checkpoint of epoch {epoch - 1} is kept: "
+            f"the {name} loss became {loss} in epoch {epoch}; the checkpoint of the epoch before, if any, is kept: "
             "lower the learning rate or try --precision fp32"
         )
 
@@ -638,7 +637,9 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
 
     if ended():
         return state
+    start = time.perf_counter()
     data = run.inputs(model, data)
+    preparing = time.perf_counter() - start
     here = environment(device, settings)
     network = distribute(model, device)
     progress = tqdm(
@@ -653,7 +654,10 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     with progress:
         while not ended():
             start, epoch = time.perf_counter(), len(history) + 1
-            progress.set_description_str(f"{run.name} seed {settings.seed} epoch {epoch}/{settings.epochs}")
+            so_far = (
+                "val {validation_loss:.3f} acc {validation_accuracy:.1f} %, ".format(**history[-1]) if history else ""
+            )
+            progress.set_description_str(f"{run.name} seed {settings.seed}: {so_far}epoch {epoch}/{settings.epochs}")
             lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -678,7 +682,8 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
                 state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if not state["environments"] or here.items() - state["environments"][-1].items():
                 state["environments"].append({**here, "from_epoch": epoch})
-            entry["seconds"] = round(time.perf_counter() - start, 2)
+            entry["seconds"] = round(time.perf_counter() - start + preparing, 2)
+            preparing = 0.0
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             on_first(lambda: save_checkpoint(path, state))
             report_epoch(progress, run.name, settings, history, speed)
@@ -817,8 +822,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What processes that were killed while writing `path` left beside it. Call while no other process can write it."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -961,9 +972,10 @@ def load_result(path: Path) -> dict:
             percent = 100 * correct_images(scored).mean()
             if not math.isclose(percent, scored["all_10000"]["accuracy"], abs_tol=1e-3):
                 raise ValueError(f"its {name} accuracy is not that of its images")
-        dict(result["reported"]), result["run"], result["question"], result["parameters"]["trainable"]
-        [result["settings"][name] for name in ("data", "patience", "dropout")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        dict(result["reported"]), result["run"], result["question"], int(result["parameters"]["trainable"])
+        [(row["layer"].lower(), int(row["parameters"])) for row in result["parameters"]["layers"]]
+        [result["settings"][name] for name in ("data", "patience", "dropout", "precision", "weights")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): restore it, or delete it and run again"
         ) from error
@@ -976,7 +988,7 @@ def load_filters(folder: Path, result: dict) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in ("before", "best", "last")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is missing or damaged ({error}): restore it, or run again") from error
 
 
@@ -1070,27 +1082,24 @@ def plot_confusion(results: list[dict]) -> Figure:
     return figure
 
 
-FILTER_PIXEL, FILTER_GAP, FILTER_LABEL = (
-    8,
-    5,
-    13,
-)  # in pixels of the grid image: a weight's edge, the gap, the number's line
+FILTER_COLUMNS = 16
+FILTER_PIXEL, FILTER_GAP, FILTER_LABEL = 8, 5, 13  # pixels of the grid image: a weight's edge, a gap, a number's line
 
 
-def filter_tile(number: int, size: int = 3, columns: int = 16) -> tuple[int, int]:
+def filter_tile(number: int, size: int = 3) -> tuple[int, int]:
     """Top left pixel (y, x) of filter `number` (from 1, row by row, as the report numbers them) in `filter_grid`."""
-    row, column = divmod(number - 1, columns)
+    row, column = divmod(number - 1, FILTER_COLUMNS)
     edge = size * FILTER_PIXEL + FILTER_GAP
     return row * (edge + FILTER_LABEL) + FILTER_LABEL, column * edge
 
 
-def filter_grid(weight: np.ndarray, scale: float, columns: int = 16) -> np.ndarray:
+def filter_grid(weight: np.ndarray, scale: float) -> np.ndarray:
     """Filters [C_out, 3, K, K] as one RGB image in [0, 1] on white: grey is 0, a full colour +-`scale`."""
     size = weight.shape[-1]
-    y, x = filter_tile(columns * math.ceil(len(weight) / columns), size, columns)
+    y, x = filter_tile(FILTER_COLUMNS * math.ceil(len(weight) / FILTER_COLUMNS), size)
     grid = np.ones((y + size * FILTER_PIXEL, x + size * FILTER_PIXEL, 3))
     for number, kernel in enumerate(np.clip(0.5 + weight / (2 * scale), 0, 1), 1):
-        y, x = filter_tile(number, size, columns)
+        y, x = filter_tile(number, size)
         tile = kernel.transpose(1, 2, 0).repeat(FILTER_PIXEL, 0).repeat(FILTER_PIXEL, 1)
         grid[y : y + len(tile), x : x + len(tile)] = tile
     return grid
@@ -1123,7 +1132,7 @@ def preview(augment: tuple, images: Tensor, heading: str) -> Figure:
     for column, axes in enumerate(grid.T):
         drawn, _ = split.batch(index, settings, rng if column else None)
         for ax, image in zip(axes, drawn.clamp(0, 1)):
-            ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.axis("off")
         axes[0].set_title(f"draw {column}" if column else "original", fontsize=9)
     figure.suptitle(textwrap.fill(heading, 110), fontsize=10)
@@ -1181,10 +1190,12 @@ def paired_difference(better: list[dict], worse: list[dict], resamples: int = 20
     low, high = np.percentile(means, [2.5, 97.5])
     verdict = "holds" if low > 0 else "does not hold" if high < 0 else "within noise"
     interval = [round(100 * float(v), 2) for v in (low, high)]
+    precisions = sorted({r["settings"]["precision"] for r in [*better, *worse]})
     return {
         "difference": round(100 * float(difference.mean()), 2),
         "ci95": interval,
         "seeds": count,
+        "precisions": precisions,
         "verdict": verdict,
     }
 
@@ -1193,7 +1204,8 @@ def points(found: dict) -> str:
     """A `paired_difference` in words."""
     low, high = found["ci95"]
     seeds = f", {found['seeds']} seeds" if found["seeds"] > 1 else ""
-    return f"{found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}]{seeds}"
+    precisions = f", trained in {' and '.join(found['precisions'])}" if len(found["precisions"]) > 1 else ""
+    return f"{found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}]{seeds}{precisions}"
 
 
 def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
@@ -1232,7 +1244,8 @@ def overfits(results: list[dict]) -> dict | None:
             f"{last['validation_loss']:.3f} in epoch {last['epoch']}; "
             f"training loss {low['train_loss']:.3f} to {last['train_loss']:.3f}"
         )
-    return {"verdict": "holds" if all(holds) else "does not hold", "evidence": "; ".join(evidence)}
+    verdict = "holds" if all(holds) else "does not hold"
+    return {"verdict": verdict, "evidence": "; ".join(evidence), "seeds": len(results)}
 
 
 # ----------------------------------------------------------------------------------------------------------- gallery
@@ -1316,8 +1329,11 @@ GALLERY_HEAD = """# The report and ours, side by side
 Written by the question scripts from the JSON files beside it; do not edit. Accuracies are in percent and belong to the
 weights of the best validation epoch. The report gives test accuracies on the first 1,000 test images; the brackets are
 the 95 % Wilson interval on all 10,000. With several seeds: mean ± standard deviation. "-" has not been run, or the
-report prints no number. A comparison *holds* or *does not hold* where the 95 % interval of the paired difference
-excludes zero; else it is *within noise*.
+report prints no number. "time" is that of all epochs a run is read from; runs that share epochs each count them.
+
+A comparison of two runs *holds* or *does not hold* where the 95 % interval of the paired difference on the same test
+images excludes zero; else it is *within noise*. What is no comparison has a criterion of its own, stated in the
+question's script. A verdict is on the direction of a claim, not on the size of the numbers in it.
 
 """
 
@@ -1361,11 +1377,12 @@ def make_parser(question: Question) -> Parser:
     parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs (names as in --list)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     parser.add_argument("--epochs", type=positive, metavar="N", help=settings["epochs"])
-    parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download, output under sample/")
+    sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
+    parser.add_argument("--sample", action="store_true", help=sample)
     parser.add_argument("--data-dir", help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=settings["precision"])
-    parser.add_argument("--fresh", action="store_true", help="start over; old checkpoints stay as *.old")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old checkpoints stay as *.old1, *.old2")
     parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "results", help="default results/")
     parser.add_argument("--checkpoint-dir", type=Path, default=ROOT / "checkpoints", help="default checkpoints/")
@@ -1415,8 +1432,11 @@ def load_results(folder: Path) -> list[dict]:
 
 
 def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
-    """--list: every run's state, and an estimate of the time left from the epochs trained so far."""
-    rows, seconds = [], []
+    """--list: every run's state, and an estimate of the time left from the epochs trained so far.
+
+    An epoch is taken to last what those of the same network did. Runs that share a trajectory share what is left of it.
+    """
+    rows, seconds, width = [], {}, max(len(run.name) for run in runs)
     for run in runs:
         for seed in range(args.seeds):
             settings = dataclasses.replace(run.settings, seed=seed)
@@ -1433,12 +1453,21 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
                 state, left = "done" if result else "trained, no result yet", 0
             elif result:
                 state += " (has a result)"  # of another machine, or of before --fresh
-            seconds += [h["seconds"] for h in history]
-            rows.append((run.name, seed, settings.epochs, state, left))
-    width = max(len(run.name) for run in runs)
-    for name, seed, epochs, state, left in rows:
-        time_left = f"at most {duration(left * statistics.median(seconds))} left" if seconds else f"{left} epochs left"
-        print(f"{name:<{width}}  seed {seed}  {epochs:>3} epochs  {state:<28}{time_left if left else ''}".rstrip())
+            seconds.setdefault((settings.network, settings.freeze), []).extend(h["seconds"] for h in history)
+            rows.append((run.name, settings, state, left))
+    times, unknown = {}, {}  # of every trajectory
+    for name, settings, state, left in rows:
+        epoch_times, text, key = seconds[settings.network, settings.freeze], "", settings.key()
+        if left and epoch_times:
+            times[key] = max(times.get(key, 0), left * statistics.median(epoch_times))
+            text = f"at most {duration(left * statistics.median(epoch_times))} left"
+        elif left:
+            unknown[key] = max(unknown.get(key, 0), left)
+            text = f"{left} epochs left"
+        print(f"{name:<{width}}  seed {settings.seed}  {settings.epochs:>3} epochs  {state:<28}{text}".rstrip())
+    known = [f"at most {duration(sum(times.values()))}"] if times else []
+    if len(rows) > 1 and times | unknown:
+        print("in all:", " and ".join([*known, *([f"{sum(unknown.values())} epochs"] if unknown else [])]), "left")
 
 
 def set_aside(path: Path) -> None:
@@ -1477,6 +1506,7 @@ def train_runs(
                 busy += 1
                 continue
             busy = 0
+            on_first(lambda: remove_leftovers(path))
             if args.fresh and path not in renewed:
                 on_first(lambda: set_aside(path) if path.exists() else None)
             renewed.add(path)

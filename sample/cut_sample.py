@@ -2,7 +2,7 @@
 
 Each part is class-balanced and drawn from the respective official part (training from the first 49,000 training
 images, validation from the last 1,000, test from the test images), and written as one lossless PNG contact sheet,
-SAMPLE_COLUMNS images to a row. `index.json` keeps, for every image of a sheet in reading order, its label and its
+COLUMNS images to a row. `index.json` keeps, for every image of a sheet in reading order, its label and its
 number in the official part.
 """
 
@@ -16,8 +16,9 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import SAMPLE_COLUMNS, UserError, fail, find_data_dir, load_cifar10  # noqa: E402
+from common import UserError, fail, find_data_dir, load_cifar10  # noqa: E402
 
+COLUMNS = 50
 PER_CLASS = {"train": 150, "validation": 20, "test": 50}  # 2,200 images, 4.8 MB
 
 
@@ -31,7 +32,7 @@ def cut_sample(data_dir: Path, folder: Path = HERE, seed: int = 0) -> None:
             np.concatenate([rng.choice(np.flatnonzero(labels == c), PER_CLASS[part], replace=False) for c in range(10)])
         )
         images = split.images[chosen]  # [n, 3, 32, 32]
-        sheet = images.view(-1, SAMPLE_COLUMNS, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(-1, SAMPLE_COLUMNS * 32, 3)
+        sheet = images.view(-1, COLUMNS, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(-1, COLUMNS * 32, 3)
         Image.fromarray(sheet.numpy()).save(folder / f"{part}.png", optimize=True)
         index[part] = {"labels": labels[chosen].tolist(), "official_index": chosen.tolist()}
     (folder / "index.json").write_text(json.dumps(index) + "\n")

@@ -36,7 +36,7 @@ def official():
 
 def start(*args: str) -> subprocess.Popen:
     """A real process of question 1 on the sample, its standard error readable line by line."""
-    command = [sys.executable, str(ROOT / "q1_convnet.py"), "--sample", *args]
+    command = [sys.executable, str(ROOT / "q1_convnet.py"), "--sample", "--device", "cpu", *args]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     )

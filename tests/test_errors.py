@@ -12,6 +12,8 @@ import torch
 
 import common
 import q1_convnet
+import q2_batchnorm_earlystop
+import q3_augment_dropout
 from common import CIFAR10, ROOT, Settings, UserError, find_data_dir, load_checkpoint, set_aside, write_atomic
 
 
@@ -36,6 +38,21 @@ def fails(tmp_path, capsys):
 @pytest.mark.parametrize("option", ["--epochs", "--seeds"])
 def test_nonsense_numbers(fails, option, number):
     assert f"{option}: must be a whole number from 1 up" in fails(f"{option}={number}")
+
+
+@pytest.mark.parametrize(
+    ("question", "option", "values"),
+    [
+        (q2_batchnorm_earlystop.QUESTION, "--patience", ["0", "-1", "3.5"]),
+        (q3_augment_dropout.QUESTION, "--dropout", ["0", "1", "-0.1", "0.00004", "0.99996", "nan", "half"]),
+    ],
+)
+def test_nonsense_numbers_of_a_question(question, option, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as end:
+            common.run_question(question, ["--list", f"{option}={value}"])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1 and f"{option}: must be a" in err
 
 
 def test_unknown_run_lists_the_known(fails):
@@ -107,7 +124,7 @@ def test_damaged_batch_file(fails, no_network, tmp_path, damage):
         content = b"not a batch"
     file.write_bytes(content)
     line = fails("--data-dir", str(tmp_path / "data"), sample=False)
-    assert str(file) in line and "delete it and run again" in line
+    assert str(file) in line and "delete the folder and run again" in line
     assert file.read_bytes() == content
 
 

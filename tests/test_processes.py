@@ -19,7 +19,7 @@ def launch(folder, epochs, processes):
     """Question 1 on the sample, under torchrun or, with one process, without it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "q1_convnet.py")]
-    options = ["--sample", "--precision", "fp32", f"--epochs={epochs}"]
+    options = ["--sample", "--device=cpu", "--precision=fp32", f"--epochs={epochs}"]
     folders = [f"--output-dir={folder / 'out'}", f"--checkpoint-dir={folder / 'checkpoints'}"]
     return subprocess.Popen(command + options + folders, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

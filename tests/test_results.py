@@ -50,7 +50,11 @@ def as_results(correct: np.ndarray) -> list[dict]:
     """Results of a run with the given correctness, bool [seeds, images]."""
     labels = torch.zeros(correct.shape[1], dtype=torch.long)
     return [
-        {"seed": s, "test": {"best": score(torch.from_numpy(np.where(c, 0, 1)), labels, 1)}}
+        {
+            "seed": s,
+            "settings": {"precision": "fp32"},
+            "test": {"best": score(torch.from_numpy(np.where(c, 0, 1)), labels, 1)},
+        }
         for s, c in enumerate(correct)
     ]
 
@@ -99,6 +103,15 @@ def test_verdicts(tmp_path, better, worse, verdict):
     assert found["verdict"] == verdict and "the noise of training is not included" in found["evidence"]
 
 
+def test_a_comparison_of_two_precisions_says_so(tmp_path):
+    one, other = as_results(draw(0.8, 1, 6)), as_results(draw(0.8, 1, 7))
+    assert "trained in" not in judge(Claim(1, "", (("a", "b"),)), {"a": one, "b": other}, tmp_path)["evidence"]
+    other[0]["settings"]["precision"] = "bf16"
+    assert (
+        "trained in bf16 and fp32" in judge(Claim(1, "", (("a", "b"),)), {"a": one, "b": other}, tmp_path)["evidence"]
+    )
+
+
 def test_verdicts_of_several_comparisons(tmp_path):
     results = {"a": as_results(draw(0.9, 1, 6)), "b": as_results(draw(0.8, 1, 7)), "c": as_results(draw(0.7, 1, 8))}
 
@@ -119,6 +132,10 @@ def test_overfitting_criterion():
         return [{"seed": 0, "history": history}]
 
     assert common.overfits([]) is None
+    once = judge(
+        Claim(1, "", (), lambda results, folder: common.overfits(results["a"])), {"a": run([2, 1], [1, 2])}, None
+    )
+    assert once["evidence"].endswith("One seed: the noise of training is not included")
     assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "holds"
     assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 0.9, 0.8]))["verdict"] == "does not hold"
     assert common.overfits(run([2.0, 1.0, 1.1, 1.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "does not hold"  # diverges
@@ -219,7 +236,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         (QUESTIONS[0], ["convnet"]),
         (QUESTIONS[1], ["batchnorm", "convnet_full", "convnet_patience5"]),
         (QUESTIONS[2], ["flip_p0.5", "dropout_0.1"]),
-        (QUESTIONS[3], ["scratch", "frozen_other"]),
+        (QUESTIONS[3], ["scratch", "frozen_other_0123abcd"]),
     ):
         for name in names:
             folder = tmp_path / "sample" / question.name / name
@@ -240,8 +257,19 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         "transfer.png",
     }
     gallery = (tmp_path / "sample/README.md").read_text()
-    assert "convnet − frozen_other: +0.00 points" in gallery  # question 1's network, in question 4
+    assert "convnet − frozen_other_0123abcd: +0.00 points" in gallery  # question 1's network, in question 4
     assert " ± 0.0" in gallery and "| crop | - | - | 82.7 / - | 82.9 / - | - | - |" in gallery
+
+
+def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
+    options = ["--sample", "--preview", "--output-dir", str(tmp_path)]
+    common.run_question(q3_augment_dropout.QUESTION, [*options, "--only", "crop_flip", "dropout_0.1", "grayscale"])
+    paths = [tmp_path / "sample/q3" / name / "preview.png" for name in ("crop_flip", "grayscale")]
+    assert capsys.readouterr().out.split() == list(map(str, paths))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    with pytest.raises(SystemExit):
+        common.run_question(q1_convnet.QUESTION, options)
+    assert "none of these runs has an augmentation" in capsys.readouterr().err
 
 
 def test_list_shows_every_runs_state(finished, tmp_path, capsys):
@@ -252,5 +280,9 @@ def test_list_shows_every_runs_state(finished, tmp_path, capsys):
     common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3", "--precision", "fp32"])
     assert "done" not in capsys.readouterr().out  # asked for by name, it is a run of its own
     common.run_question(q1_convnet.QUESTION, [*where, str(tmp_path), "--epochs", "5", "--seeds", "2"])
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, both = capsys.readouterr().out.splitlines()
     assert "epoch 3 " in first and "left" in first and "not started" in second
+    seconds = [
+        sum(60**i * int(t) for i, t in enumerate(line.split()[-2].split(":")[::-1])) for line in (first, second, both)
+    ]
+    assert both.startswith("in all") and abs(sum(seconds[:2]) - seconds[2]) <= 2  # rounded

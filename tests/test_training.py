@@ -1,11 +1,13 @@
 import dataclasses
 import itertools
 import signal
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 import common
+import q1_convnet
 from common import (
     ConvNet,
     Run,
@@ -39,7 +41,7 @@ def numbers(state):
 def assert_same_training(a, b):
     """Bit for bit: metrics, predictions, and the weights of the last and of the best epoch."""
     assert numbers(a) == numbers(b)
-    assert all(map(torch.equal, a["predictions"], b["predictions"]))
+    assert all(torch.equal(x, y) for x, y in zip(a["predictions"], b["predictions"], strict=True))
     for name in ("model", "best"):
         assert a[name].keys() == b[name].keys()
         assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
@@ -197,6 +199,28 @@ def test_stopping_rule(accuracies, epochs, patience, stop):
 
 def test_best_epoch_is_the_first_of_equals():
     assert best_epoch([10.0, 30.0, 20.0, 30.0]) == 2
+
+
+def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, monkeypatch, capsys):
+    """The lock of seed 0 is taken; the other process lets go of it while seed 1 is trained."""
+    settings = Settings(data="cifar10-sample", precision="fp32")
+    taken = ExitStack()
+    assert taken.enter_context(common.file_lock(tmp_path / f"{settings.key()}.lock"))
+    leftover = tmp_path / f".{settings.key()}.pt.host.1.tmp"  # of a process killed while it wrote the checkpoint
+    leftover.touch()
+    seeds, real = [], common.train
+
+    def train_and_let_go(run, *args):
+        seeds.append(run.settings.seed)
+        taken.close()
+        return real(run, *args)
+
+    monkeypatch.setattr(common, "train", train_and_let_go)
+    monkeypatch.setattr(common, "load_sample", lambda: small)
+    options = ["--sample", "--epochs=1", "--seeds=2", "--precision=fp32", "--device=cpu"]
+    common.run_question(q1_convnet.QUESTION, [*options, f"--checkpoint-dir={tmp_path}", f"--output-dir={tmp_path}"])
+    assert seeds == [1, 0] and not leftover.exists()
+    assert "seed 0 is being trained by another process; coming back to it" in capsys.readouterr().err
 
 
 def test_killed_runs_go_on_to_the_same_end(finished, tmp_path):
