@@ -1110,7 +1110,8 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
     All panels share one scale: grey is 0, a full colour a weight of +-`scale`.
     """
-    figure = Figure(figsize=(7.5 * len(weights), 6))
+    rows = math.ceil(max(map(len, weights.values())) / FILTER_COLUMNS)
+    figure = Figure(figsize=(7.5 * len(weights), 0.8 + 0.65 * rows))
     for axes, (name, weight) in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights.items()):
         axes.imshow(filter_grid(weight, scale), interpolation="nearest")
         for number in range(1, len(weight) + 1):
@@ -1118,7 +1119,7 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
             axes.text(x, y - 2, str(number), fontsize=6.5, va="bottom", color="0.25")
         axes.set_title(f"{name} (grey = 0, full colour = ±{scale:.2f})", fontsize=10)
         axes.axis("off")
-    figure.suptitle(heading, y=0.97)
+    figure.suptitle(heading)
     figure.tight_layout(w_pad=4)
     return figure
 

@@ -173,28 +173,35 @@ def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
 
 
 def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading: str, xlabel: str) -> Figure:
-    """Test accuracy over a rate, all images with their intervals, beside the report's numbers and the baseline; on
-    the right the gap between the losses.
+    """Over a rate: test accuracy on all images with its interval, beside the report's numbers and the baseline; and the
+    gap between the losses.
     """
     there = {x: results[name] for x, name in points.items() if name in results}
-    figure = Figure(figsize=(7.5, 4.5))
-    axes = figure.add_subplot(title=title({**next(iter(there.values()))[0], "run": ""}, heading))
-    style_axes(axes, "test accuracy (%)", xlabel)
+    figure = Figure(figsize=(14, 4.8))
+    accuracies, gaps = figure.subplots(1, 2)
+    style_axes(accuracies, "test accuracy (%)", xlabel)
+    style_axes(gaps, "validation loss − training loss, last epoch", xlabel)
+    figure.suptitle(title({**next(iter(there.values()))[0], "run": ""}, heading))
     means = [np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in found]) for found in there.values()]
     bounds = np.array(
         [np.mean([r["test"]["best"]["all_10000"]["ci95"] for r in found], axis=0) for found in there.values()]
     )
-    axes.errorbar(list(there), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label="ours, 10,000 images, 95 %")
+    accuracies.errorbar(
+        list(there), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label="ours, 10,000 images, 95 %"
+    )
     reported = {x: found[0]["reported"]["test"] for x, found in there.items() if "test" in found[0]["reported"]}
-    axes.plot(list(reported), list(reported.values()), "x", color="gray", label="report, 1,000 images")
+    accuracies.plot(list(reported), list(reported.values()), "x", color="gray", label="report, 1,000 images")
+    gaps.plot(list(there), [loss_gap(found) for found in there.values()], "o-", label="ours")
     if "baseline" in results:
         value = np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results["baseline"]])
-        axes.axhline(value, color="tab:green", linestyle=":", label=f"baseline {value:.1f} %")
-    axes.xaxis.get_major_locator().set_params(integer=False)
-    axes.legend(loc="lower left")
-    gap = axes.twinx()
-    gap.set_ylabel("validation loss − training loss, last epoch", color="tab:red")
-    gap.plot(list(there), [loss_gap(found) for found in there.values()], "s--", color="tab:red", alpha=0.6)
+        for axes, number, text in (
+            (accuracies, value, f"{value:.1f} %"),
+            (gaps, loss_gap(results["baseline"]), f"{loss_gap(results['baseline']):.2f}"),
+        ):
+            axes.axhline(number, color="tab:green", linestyle=":", label=f"baseline {text}")
+    for axes in (accuracies, gaps):
+        axes.xaxis.get_major_locator().set_params(integer=False)
+        axes.legend()
     return figure
 
 
@@ -211,6 +218,7 @@ def plot_augmentations(results: dict[str, list[dict]]) -> Figure:
         test = np.mean([r["test"]["best"]["all_10000"]["accuracy"] for r in results[name]])
         axes.set_title(f"{name}: test {test:.1f} %", fontsize=10)
         axes.set_ylim(0, 2)
+        axes.tick_params(labelbottom=True)
     grid[0].legend()
     for axes in grid[len(names) :]:
         axes.axis("off")

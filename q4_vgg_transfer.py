@@ -221,7 +221,7 @@ def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
     first = next(iter(results.values()), [{}])[0]
     if first.get("question") != "q4":
         return {}
-    figure, axes = new_axes(title({**first, "run": ""}, "transfer"), "validation accuracy (%)")
+    figure, axes = new_axes(title({**first, "run": ""}, "VGG11_bn and question 1's network"), "validation accuracy (%)")
     for name, found in results.items():
         own = found[0]["question"] == "q4"
         plot_curve(axes, found, "validation_accuracy", name if own else f"question 1's {name}", ls="-" if own else "--")
