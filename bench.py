@@ -47,17 +47,13 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import (
-    ColorJitter,
     ConvNet,
-    GaussianBlur,
-    Grayscale,
-    HorizontalFlip,
     Parser,
-    RandomCrop,
     Run,
     Settings,
     Split,
     UserError,
+    augment,
     choose_device,
     choose_precision,
     environment,
@@ -73,25 +69,23 @@ from common import (
     stream_seed,
     train_epoch,
 )
+from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, VGG11, VGGRun, compute_features
 
 LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
 WARM_UP_STEPS = 3
 EVALUATED = 11 / 49  # validation and test images for every training image
-BLUR = {"kernel_size": 3, "sigma": (0.1, 2.0)}
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-CROP_FLIP = (RandomCrop(padding=4), HorizontalFlip(p=0.5))
-PIL_CROP_FLIP = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(0.5)]
-GRAY_BLUR_JITTER = (Grayscale(p=0.2), GaussianBlur(**BLUR, p=0.5), ColorJitter(**JITTER, p=0.4))
-PIL_GRAY_BLUR_JITTER = [
-    T.RandomGrayscale(0.2),
-    T.RandomApply([T.GaussianBlur(**BLUR)], 0.5),
-    T.RandomApply([T.ColorJitter(**JITTER)], 0.4),
+PIL_CROP_FLIP = [T.RandomCrop(32, CROP.padding), T.RandomHorizontalFlip(FLIP.p)]
+PIL_MIXTURE = [
+    *PIL_CROP_FLIP,
+    T.RandomGrayscale(GRAY.p),
+    T.RandomApply([T.GaussianBlur(BLUR.kernel_size, BLUR.sigma)], BLUR.p),
+    T.RandomApply([T.ColorJitter(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)], JITTER.p),
 ]
 AUGMENTATIONS = [  # name, ours, torchvision's
-    ("crop + flip", CROP_FLIP, PIL_CROP_FLIP),
-    ("crop, flip, gray, blur, jitter", CROP_FLIP + GRAY_BLUR_JITTER, PIL_CROP_FLIP + PIL_GRAY_BLUR_JITTER),
+    ("crop + flip", (CROP, FLIP), PIL_CROP_FLIP),
+    ("crop, flip, gray, blur, jitter", (CROP, FLIP, GRAY, BLUR, JITTER), PIL_MIXTURE),
 ]
 
 
@@ -352,14 +346,6 @@ def print_training(rows: Sequence[dict], batch_size: int) -> None:
         )
 
 
-def augment(images: Tensor, augmentations: tuple, rng: torch.Generator) -> Tensor:
-    """As `Split.batch` does. [B, 3, 32, 32], float in [0, 1]."""
-    for augmentation in augmentations:
-        drawn = augmentation.draw(len(images), rng)
-        images = augmentation.apply(images, *(d.to(images.device) for d in drawn))
-    return images
-
-
 def augment_pil(images: Sequence[Image.Image], transform: Callable) -> list[Image.Image]:
     """One by one, on one thread, as a DataLoader's worker does."""
     threads = torch.get_num_threads()
@@ -378,7 +364,7 @@ def print_augmentation(rows: Sequence[tuple[str, tuple, list]], images: Tensor, 
         seconds = ([], [])
         for _ in range(WARM_UP_STEPS + rounds):
             timed(augment_pil, images.device, seconds[0])(pil, T.Compose(theirs))
-            timed(augment, images.device, seconds[1])(images.float().div_(255), ours, rng)
+            timed(augment, images.device, seconds[1])(images.float().div_(255), ours, rng, len(images))
         pil_ms, our_ms = (1000 * statistics.median(s[WARM_UP_STEPS:]) for s in seconds)
         share = our_ms / (step_ms + our_ms)
         print(f"{name:<32}{pil_ms:>9.1f}{our_ms:>9.1f}{pil_ms / our_ms:>14.1f}{share:>13.2%}")

@@ -28,7 +28,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +114,10 @@ class Run:
         """The network with fresh weights, from PyTorch's global generator."""
         return ConvNet(self.settings.batch_norm, self.settings.dropout)
 
+    def provenance(self) -> dict:
+        """What else its result tells of where the numbers come from."""
+        return {}
+
     def inputs(self, model: nn.Module, data: dict[str, "Split"]) -> dict[str, "Split"]:
         """What the training loop is fed: the images, or what a frozen part of the network makes of them."""
         return data
@@ -158,9 +162,7 @@ class Split:
         mine = index[part].to(self.images.device)
         images = self.images[mine].float().div_(255)
         if rng is not None:
-            for augmentation in settings.augment:
-                drawn = augmentation.draw(len(index), rng)
-                images = augmentation.apply(images, *(d[part].to(images.device) for d in drawn))
+            images = augment(images, settings.augment, rng, len(index), part)
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
         images = images.sub_(mean).div_(std)
         return images.contiguous(memory_format=torch.channels_last), self.labels[mine]
@@ -187,17 +189,21 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
             return f"{folder / damaged[0]} is not the official file (its MD5 differs)"
         return f"{folder} lacks {', '.join(missing)}" if missing else None
 
+    advice = f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to its parent folder, or use --sample"
     try:
-        # What is not whole may be what another process is downloading just now.
-        with nullcontext() if problem() is None else file_lock(data_dir / ".download.lock"):
-            there = any((folder / name).exists() for name in files)
-            if there and (found := problem()):
-                raise UserError(f"{found}: delete the folder and run again to download CIFAR-10 anew")
-            parts = [CIFAR10(data_dir, train=train, download=not there) for train in (True, False)]
+        if found := problem():
+            if data_dir.is_dir() and not os.access(data_dir, os.W_OK):
+                raise UserError(f"{found}, and {data_dir} is read-only: {advice}")
+            with file_lock(data_dir / ".download.lock"):  # another process may be downloading just now
+                found = problem()
+                if found and any((folder / name).exists() for name in files):
+                    raise UserError(f"{found}: delete the folder and run again to download CIFAR-10 anew")
+                if found:
+                    CIFAR10(data_dir, download=True)
+        parts = [CIFAR10(data_dir, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"CIFAR-10 is not readable in {data_dir} and could not be downloaded ({error}): "
-            f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to it, or use --sample"
+            f"CIFAR-10 is not readable in {data_dir} and could not be downloaded ({error}): {advice}"
         ) from error
     images, labels = zip(
         *((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
@@ -226,6 +232,14 @@ def load_sample() -> dict[str, Split]:
 #   draw(n, rng) -> the parameters of n images, tensors [n, ...] on the CPU, from the generator `rng` alone
 #   apply(images, *parameters) -> new images; deterministic, float32 [B, 3, H, W] in [0, 1] on any device
 # Given its parameters, an image comes out as from the function of torchvision.transforms.v2.functional, to rounding.
+
+
+def augment(images: Tensor, augmentations: tuple, rng: torch.Generator, n: int, part: slice = slice(None)) -> Tensor:
+    """Draw for a batch of n images and apply to `images`, which are this part of it: float32 [b, 3, H, W] in [0, 1]."""
+    for augmentation in augmentations:
+        drawn = augmentation.draw(n, rng)
+        images = augmentation.apply(images, *(values[part].to(images.device) for values in drawn))
+    return images
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -909,6 +923,16 @@ def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
     }
 
 
+def mean_test_accuracy(results: list[dict]) -> float:
+    """Percent of all test images, by the best weights; mean over seeds."""
+    return statistics.mean(r["test"]["best"]["all_10000"]["accuracy"] for r in results)
+
+
+def best_validation(result: dict) -> float:
+    """Validation accuracy of the best epoch, percent."""
+    return result["history"][result["best_epoch"] - 1]["validation_accuracy"]
+
+
 def correct_images(scored: dict) -> np.ndarray:
     """Per test image, was it classified correctly: bool [N], unpacked from a `score`."""
     packed = np.frombuffer(base64.b64decode(scored["correct"]), dtype=np.uint8)
@@ -928,6 +952,7 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
         "question": question,
         "seed": settings.seed,
         "settings": settings.as_dict(),
+        **run.provenance(),
         "environment": environments[-1],
         "earlier_environments": environments[:-1],
         "parameters": {"trainable": count_parameters(model), "layers": parameter_table(model)},
@@ -955,25 +980,36 @@ def write_result(folder: Path, result: dict, state: dict) -> None:
 
 def load_result(path: Path) -> dict:
     """A result as written by `write_result`, checked to hold what figures and tables need. Raises UserError."""
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise ValueError(problem)
+
+    def numbers(*values) -> None:
+        for value in values:
+            require(type(value) in (int, float) and math.isfinite(value), f"{value!r} is not a number")
+
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem != f"seed{result['seed']}":
-            raise ValueError(f"it is of seed {result['seed']}")
+        numbers(result["seed"], result["best_epoch"], result["parameters"]["trainable"])
+        require(path.stem == f"seed{result['seed']}", f"it is of seed {result['seed']}")
         for entry in result["history"]:
-            for name in ("epoch", "train_loss", "validation_loss", "validation_accuracy", "lr", "seconds"):
-                float(entry[name])
-        if not 1 <= result["best_epoch"] <= len(result["history"]):
-            raise ValueError("its best epoch is not in its history")
+            names = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "lr", "seconds")
+            numbers(*(entry[name] for name in names))
+        best = best_epoch([entry["validation_accuracy"] for entry in result["history"]])
+        require(result["best_epoch"] == best, f"its best epoch is {best}")
         for name in ("best", "last"):
             scored = result["test"][name]
-            low, high = scored["all_10000"]["ci95"]
-            float(low), float(high), float(scored["first_1000"]["accuracy"])
-            np.array(scored["confusion"], dtype=int).reshape(10, 10)
-            percent = 100 * correct_images(scored).mean()
-            if not math.isclose(percent, scored["all_10000"]["accuracy"], abs_tol=1e-3):
-                raise ValueError(f"its {name} accuracy is not that of its images")
-        dict(result["reported"]), result["run"], result["question"], int(result["parameters"]["trainable"])
-        [(row["layer"].lower(), int(row["parameters"])) for row in result["parameters"]["layers"]]
+            numbers(*scored["all_10000"]["ci95"], scored["all_10000"]["accuracy"], scored["first_1000"]["accuracy"])
+            correct = correct_images(scored)
+            percent, confusion = 100 * correct.mean(), np.array(scored["confusion"])
+            same = math.isclose(percent, scored["all_10000"]["accuracy"], abs_tol=1e-3)
+            same = same and confusion.shape == (10, 10) and confusion.trace() == correct.sum()
+            require(same and confusion.sum() == len(correct), f"its {name} numbers are not those of its images")
+        require(all(type(v) in (float, str) for v in result["reported"].values()), "its reported numbers are none")
+        for row in result["parameters"]["layers"]:
+            numbers(row["parameters"]), row["layer"].lower()
+        result["run"], result["question"]
         [result["settings"][name] for name in ("data", "patience", "dropout", "precision", "weights")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
@@ -1001,10 +1037,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
-def title(result: dict, text: str) -> str:
-    """Figures of the sample say so."""
+def title(result: dict, text: str, run: bool = False) -> str:
+    """Heading of a figure of a question, or of one run. Figures of the sample say so."""
     sample = "SAMPLE (not CIFAR-10's full size): " if result["settings"]["data"] != "cifar10" else ""
-    return f"{sample}{result['question']} {result['run']}".rstrip() + f": {text}"
+    name = f"{result['question']} {result['run']}" if run else result["question"]
+    return f"{sample}{name}: {text}"
 
 
 def plot_curve(axes, results: list[dict], name: str, label: str, **style) -> None:
@@ -1032,19 +1069,19 @@ def new_axes(heading: str, ylabel: str):
     return figure, axes
 
 
-def new_panels(result: dict, heading: str):
-    """A figure with two panels over epochs, for losses and for accuracies; returns it and both axes."""
+def new_panels(heading: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
+    """A figure with two panels; returns it and both axes."""
     figure = Figure(figsize=(14, 4.8))
-    losses, accuracies = figure.subplots(1, 2)
-    style_axes(losses, "cross entropy")
-    style_axes(accuracies, "validation accuracy (%)")
-    figure.suptitle(title({**result, "run": ""}, heading))
-    return figure, (losses, accuracies)
+    panels = figure.subplots(1, 2)
+    for axes, ylabel in zip(panels, ylabels):
+        style_axes(axes, ylabel, xlabel)
+    figure.suptitle(heading)
+    return figure, panels
 
 
 def plot_losses(results: list[dict]) -> Figure:
     """Training and validation loss over epochs, all seeds of one run."""
-    figure, axes = new_axes(title(results[0], "loss"), "cross entropy")
+    figure, axes = new_axes(title(results[0], "loss", run=True), "cross entropy")
     plot_curve(axes, results, "train_loss", "training", color="tab:blue")
     plot_curve(axes, results, "validation_loss", "validation", color="tab:orange")
     axes.set_ylim(bottom=0)
@@ -1054,11 +1091,10 @@ def plot_losses(results: list[dict]) -> Figure:
 
 def plot_accuracy(results: list[dict]) -> Figure:
     """Validation accuracy over epochs, every seed's best epoch marked, and the report's number where it prints one."""
-    figure, axes = new_axes(title(results[0], "validation accuracy"), "accuracy (%)")
+    figure, axes = new_axes(title(results[0], "validation accuracy", run=True), "accuracy (%)")
     plot_curve(axes, results, "validation_accuracy", "validation", color="tab:orange")
     for result in results:
-        best = result["best_epoch"]
-        value = result["history"][best - 1]["validation_accuracy"]
+        best, value = result["best_epoch"], best_validation(result)
         axes.plot(best, value, "o", color="tab:red", label=f"seed {result['seed']}: best {value:.1f} %, epoch {best}")
     if isinstance(reported := results[0]["reported"].get("validation"), float):
         axes.axhline(reported, color="gray", linestyle=":", label=f"report: {reported:.1f} %")
@@ -1072,7 +1108,7 @@ def plot_confusion(results: list[dict]) -> Figure:
     percent = 100 * counts / counts.sum(1, keepdims=True)
     figure = Figure(figsize=(7, 6))
     axes = figure.add_subplot(
-        title=title(results[0], "test confusion (% of the true class)"), xlabel="predicted", ylabel="true"
+        title=title(results[0], "test confusion (% of the true class)", run=True), xlabel="predicted", ylabel="true"
     )
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(10), CLASSES, rotation=45, ha="right")
@@ -1124,14 +1160,12 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
     return figure
 
 
-def preview(augment: tuple, images: Tensor, heading: str) -> Figure:
+def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:
     """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
-    figure = Figure(figsize=(11, 1.3 * len(images)))
-    settings, rng = Settings(augment=augment, mean=(0.0,) * 3, std=(1.0,) * 3), generator(0, 1, "augment")
-    grid = figure.subplots(len(images), 9)
-    split, index = Split(images, torch.zeros(len(images))), torch.arange(len(images))
-    for column, axes in enumerate(grid.T):
-        drawn, _ = split.batch(index, settings, rng if column else None)
+    figure, rng = Figure(figsize=(11, 1.3 * len(images))), generator(0, 1, "augment")
+    original = images.float() / 255
+    for column, axes in enumerate(figure.subplots(len(images), 9).T):
+        drawn = augment(original, augmentations, rng, len(images)) if column else original
         for ax, image in zip(axes, drawn.clamp(0, 1)):
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.axis("off")
@@ -1152,8 +1186,9 @@ def plot_run(results: list[dict], folder: Path) -> None:
     scale = float(np.quantile(np.abs([filters["before"], filters["best"]]), 0.998))  # one for all
     before = {"before training": filters["before"]}
     after = {f"after training, epoch {results[0]['best_epoch']}": filters["best"]}
+    heading = title(results[0], "first-layer filters", run=True)
     for name, panels in (("filters", before | after), ("filters_before", before), ("filters_after", after)):
-        save_figure(visualize_filters(panels, title(results[0], "first-layer filters"), scale), folder / f"{name}.png")
+        save_figure(visualize_filters(panels, heading, scale), folder / f"{name}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -1229,6 +1264,16 @@ def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
     return {"claim": claim.number, "report": claim.text, "verdict": verdict, "evidence": evidence, "parts": parts}
 
 
+def overfitting_claim(run: str) -> Claim:
+    """Claim 1, of this run."""
+    return Claim(
+        1,
+        "Without regularisation the network overfits: validation loss bottoms out near epoch 11 and then rises "
+        "while training loss falls.",
+        criterion=lambda results, folder: overfits(results.get(run, [])),
+    )
+
+
 def overfits(results: list[dict]) -> dict | None:
     """Criterion of "overfits", for every seed: at the end the validation loss is more than 5 % above its lowest value,
     while the training loss has fallen since.
@@ -1268,12 +1313,11 @@ def table_row(name: str, results: list[dict], reported: dict | None) -> list[str
     interval = (
         f" [{best[0]['all_10000']['ci95'][0]:.1f}, {best[0]['all_10000']['ci95'][1]:.1f}]" if len(best) == 1 else ""
     )
-    validation = [r["history"][r["best_epoch"] - 1]["validation_accuracy"] for r in results]
     return [
         name,
         ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in results),
         f"{len(results)}",
-        f"{report[0]} / {mean_and_deviation(validation)}",
+        f"{report[0]} / {mean_and_deviation([best_validation(r) for r in results])}",
         f"{report[1]} / {mean_and_deviation([b['first_1000']['accuracy'] for b in best])}",
         f"{mean_and_deviation([b['all_10000']['accuracy'] for b in best], 2)}{interval}",
         duration(sum(h["seconds"] for r in results for h in r["history"])),
@@ -1299,7 +1343,10 @@ def gallery_section(
 ) -> str:
     """A question's part of the gallery, as Markdown."""
     (head, *rows), *others = tables
-    links = {n: f"[{n}]({question.name}/{n}/seed{found[0]['seed']}.json)" for n, found in results.items()}
+    links = {}  # to the JSON, or to the folder of all seeds'
+    for name, found in results.items():
+        file = f"seed{found[0]['seed']}.json" if len(found) == 1 else ""
+        links[name] = f"[{name}]({question.name}/{name}/{file})"
     lines = [f"## {question.title}", "", *markdown_table([head, *([links.get(r[0], r[0]), *r[1:]] for r in rows)]), ""]
     for table in others:
         lines += [*markdown_table(table), ""]
@@ -1375,7 +1422,7 @@ def make_parser(question: Question) -> Parser:
     parser = Parser(description=question.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings = {f.name: f.metadata.get("help") for f in dataclasses.fields(Settings)}
     parser.add_argument("--list", action="store_true", help="show every run, its state and the time left, and exit")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs (names as in --list)")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     parser.add_argument("--epochs", type=positive, metavar="N", help=settings["epochs"])
     sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
@@ -1387,7 +1434,8 @@ def make_parser(question: Question) -> Parser:
     parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "results", help="default results/")
     parser.add_argument("--checkpoint-dir", type=Path, default=ROOT / "checkpoints", help="default checkpoints/")
-    parser.add_argument("--preview", action="store_true", help="draw what each run's augmentation does, train nothing")
+    if any(run.settings.augment for run in question.runs):
+        parser.add_argument("--preview", action="store_true", help="draw what each augmentation does, train nothing")
     for name, arguments in question.options.items():
         parser.add_argument(name, **arguments)
     return parser
@@ -1411,9 +1459,10 @@ def select_runs(question: Question, args: argparse.Namespace, device: torch.devi
         if args.precision != "auto":
             name = f"{name}_{precision}"
         runs[run.name] = dataclasses.replace(run, name=name, settings=settings, reported=reported)
-    if unknown := set(args.only or ()) - runs.keys():
+    only = set(args.only or runs)
+    if unknown := only - runs.keys() - {run.name for run in runs.values()}:
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(runs)}")
-    return [run for name, run in runs.items() if not args.only or name in args.only]
+    return [run for name, run in runs.items() if only & {name, run.name}]
 
 
 def require_writable(folder: Path) -> None:
@@ -1445,7 +1494,7 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
             result = (folder / run.name / f"seed{seed}.json").exists()
             try:
                 if path.exists():
-                    history = torch.load(path, weights_only=True, mmap=True)["history"]
+                    history = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["history"]
                 state = f"epoch {len(history)}" if history else "not started"
             except Exception:  # as in load_checkpoint
                 state = "damaged checkpoint"
@@ -1456,19 +1505,19 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
                 state += " (has a result)"  # of another machine, or of before --fresh
             seconds.setdefault((settings.network, settings.freeze), []).extend(h["seconds"] for h in history)
             rows.append((run.name, settings, state, left))
-    times, unknown = {}, {}  # of every trajectory
+    left_over = {}  # of every trajectory: epochs, and seconds per epoch where they are known
     for name, settings, state, left in rows:
-        epoch_times, text, key = seconds[settings.network, settings.freeze], "", settings.key()
-        if left and epoch_times:
-            times[key] = max(times.get(key, 0), left * statistics.median(epoch_times))
-            text = f"at most {duration(left * statistics.median(epoch_times))} left"
-        elif left:
-            unknown[key] = max(unknown.get(key, 0), left)
-            text = f"{left} epochs left"
+        epoch_times, text = seconds[settings.network, settings.freeze], ""
+        if left:
+            per_epoch = statistics.median(epoch_times) if epoch_times else None
+            left_over[settings.key()] = max(left_over.get(settings.key(), (0, None)), (left, per_epoch))
+            text = f"at most {duration(left * per_epoch)} left" if per_epoch else f"{left} epochs left"
         print(f"{name:<{width}}  seed {settings.seed}  {settings.epochs:>3} epochs  {state:<28}{text}".rstrip())
-    known = [f"at most {duration(sum(times.values()))}"] if times else []
-    if len(rows) > 1 and times | unknown:
-        print("in all:", " and ".join([*known, *([f"{sum(unknown.values())} epochs"] if unknown else [])]), "left")
+    if len(rows) > 1 and left_over:
+        known = sum(epochs * per_epoch for epochs, per_epoch in left_over.values() if per_epoch)
+        unknown = sum(epochs for epochs, per_epoch in left_over.values() if not per_epoch)
+        parts = [f"at most {duration(known)}"] * bool(known) + [f"{unknown} epochs"] * bool(unknown)
+        print("in all:", " and ".join(parts), "left")
 
 
 def set_aside(path: Path) -> None:
@@ -1516,9 +1565,12 @@ def train_runs(
                 print(network)
             shown.add(network)
             state = train(run, data, device, path)
-        if rank() == 0:
+
+        def write() -> None:
             write_atomic(folder / run.name / "network.txt", network.encode())
             write_result(folder / run.name, read_run(question, run, state, data["test"].labels), state)
+
+        on_first(write)
 
 
 def preview_runs(runs: Sequence[Run], folder: Path) -> None:
@@ -1578,7 +1630,7 @@ def run_question(question: Question, argv: Sequence[str] | None = None) -> None:
             if args.list:
                 return on_first(lambda: list_runs(runs, args, folder))
             on_first(lambda: require_writable(args.output_dir))
-            if args.preview:
+            if "preview" in args and args.preview:
                 return on_first(lambda: preview_runs(runs, folder))
             if not args.replot:
                 train_runs(question.name, runs, args, folder, device)

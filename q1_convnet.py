@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Claim, Question, Run, Settings, load_filters, overfits, run_question
+from common import Claim, Question, Run, Settings, load_filters, overfitting_claim, run_question
 
 RUNS = [Run("convnet", Settings(epochs=20), reported={"test": 80.7})]
 
@@ -53,12 +53,7 @@ def filters_become_smooth(results: list[dict], folder: Path) -> dict | None:
 
 
 CLAIMS = [
-    Claim(
-        1,
-        "Without regularisation the network overfits: validation loss bottoms out near epoch 11 and then rises "
-        "while training loss falls.",
-        criterion=lambda results, folder: overfits(results.get("convnet", [])),
-    ),
+    overfitting_claim("convnet"),
     Claim(
         2,
         "First-layer filters look like white noise before training and show edges and colour patches after.",

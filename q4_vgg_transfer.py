@@ -82,6 +82,11 @@ class VGG11(nn.Module):
         return self.head(inputs)
 
 
+def weights_file(source: str) -> Path:
+    """The file of `source`; torchvision's lies where torch keeps what it has downloaded, its hash begun in its name."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name) if source == "imagenet" else Path(source)
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -94,10 +99,12 @@ def load_weights(source: str) -> dict[str, Tensor]:
     """
     try:
         if source == "imagenet":
+            cached = weights_file(source)
+            if cached.exists() and not sha256(cached).startswith(
+                cached.stem.split("-")[1]
+            ):  # torch does not look again
+                raise ValueError(f"{cached} is damaged: its SHA-256 is another; delete it")
             state = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
-            cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
-            if not sha256(cached).startswith(cached.stem.split("-")[1]):  # torch checks what it downloads, only then
-                raise ValueError(f"{cached} has another SHA-256; delete it")
         else:
             state = torch.load(source, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch; a download in the network
@@ -108,7 +115,8 @@ def load_weights(source: str) -> dict[str, Tensor]:
             else f"--weights {source} is not a state dict"
         )
         raise UserError(f"{what} ({reason}); give --weights another file, or none") from error
-    expected = {f"features.{name}": tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
+    with torch.device("meta"):  # only the shapes
+        expected = {f"features.{name}": tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
     shapes = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if wrong := [name for name, shape in expected.items() if shapes.get(name) != shape]:
         raise UserError(
@@ -156,6 +164,9 @@ class VGGRun(Run):
         if self.source != "none":
             model.features.load_state_dict(load_weights(self.source))
         return model
+
+    def provenance(self) -> dict:
+        return {} if self.source == "none" else {"weights_sha256": sha256(weights_file(self.source))}
 
     def inputs(self, model: VGG11, data: dict[str, Split]) -> dict[str, Split]:
         if not self.settings.freeze:
@@ -221,7 +232,7 @@ def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
     first = next(iter(results.values()), [{}])[0]
     if first.get("question") != "q4":
         return {}
-    figure, axes = new_axes(title({**first, "run": ""}, "VGG11_bn and question 1's network"), "validation accuracy (%)")
+    figure, axes = new_axes(title(first, "VGG11_bn and question 1's network"), "validation accuracy (%)")
     for name, found in results.items():
         own = found[0]["question"] == "q4"
         plot_curve(axes, found, "validation_accuracy", name if own else f"question 1's {name}", ls="-" if own else "--")

@@ -102,6 +102,13 @@ def test_no_data_and_no_network(fails, no_network, tmp_path):
     assert "could not be downloaded" in line and "--data-dir" in line and "--sample" in line
 
 
+def test_read_only_data_folder_that_lacks_the_data(fails, no_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    line = fails("--data-dir", str(tmp_path), sample=False)
+    assert "lacks data_batch_1" in line and f"{tmp_path} is read-only" in line and "--data-dir" in line
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_data_dir_comes_from_option_then_environment_then_default(monkeypatch, tmp_path):
     monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
     assert find_data_dir("elsewhere").name == "elsewhere" and find_data_dir() == tmp_path
@@ -225,17 +232,27 @@ def test_checkpoint_of_other_settings(checkpoint):
         load_checkpoint(checkpoint, settings)
 
 
-@pytest.mark.parametrize("damage", ["{ truncated", "[]", '{"run": "convnet"}', "accuracy", "images"])
+DAMAGES = {  # a pattern in the file, and what stands there instead
+    "text for a number": (r'"train_loss": ([\d.]+)', r'"train_loss": "\1"'),
+    "not a number": (r'"validation_loss": [\d.]+', '"validation_loss": NaN'),
+    "another accuracy": (r'("all_10000": {[^}]*"accuracy": )[\d.]+', r"\g<1>99.0"),
+    "text for an interval": (r'"ci95": \[ ([\d.]+)', r'"ci95": [ "\1"'),
+    "fewer images": (r'"correct": ".{20}', '"correct": "'),
+    "another best epoch": (r'"best_epoch": \d+', '"best_epoch": 7'),
+    "another confusion": (r'("confusion": \[\s*\[ )\d+', r"\g<1>777"),
+    "cut": (r"(?s)(.{2000}).*", r"\1"),
+    "a list": (r"(?s).*", "[]"),
+    "other JSON": (r"(?s).*", '{"run": "convnet"}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_results_damaged_by_hand(finished, tmp_path, capsys, damage):
     shutil.copytree(finished[0] / "out", tmp_path / "out")
     file = tmp_path / "out/sample/q1/convnet_3epochs/seed0.json"
-    content = file.read_text()
-    if damage == "accuracy":
-        content = content.replace('"accuracy": ', '"accuracy": "about " ')
-    elif damage == "images":  # a shorter list of right and wrong images
-        content = re.sub(r'"correct": ".{20}', '"correct": "', content)
-    else:
-        content = damage
+    whole = file.read_text()
+    content = re.sub(*DAMAGES[damage], whole, count=1)
+    assert content != whole
     file.write_text(content)
     with pytest.raises(SystemExit) as end:
         common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])

@@ -12,7 +12,8 @@ import q3_augment_dropout
 import q4_vgg_transfer
 from common import Claim, correct_images, judge, load_result, paired_difference, score, wilson_interval
 from q1_convnet import filters_become_smooth, smoothness
-from q3_augment_dropout import about_equal, narrowest_gap
+from q2_batchnorm_earlystop import better_on_validation, stopping_table
+from q3_augment_dropout import about_equal, narrowest_gap, spread
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,7 @@ def test_overfitting_criterion():
         return [{"seed": 0, "history": history}]
 
     assert common.overfits([]) is None
-    once = judge(
-        Claim(1, "", (), lambda results, folder: common.overfits(results["a"])), {"a": run([2, 1], [1, 2])}, None
-    )
+    once = judge(common.overfitting_claim("a"), {"a": run([2, 1], [1, 2])}, None)
     assert once["evidence"].endswith("One seed: the noise of training is not included")
     assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "holds"
     assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 0.9, 0.8]))["verdict"] == "does not hold"
@@ -176,6 +175,69 @@ def test_criteria_of_question_3():
     assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
 
 
+def validated(accuracies: list[float], best: int, **settings) -> dict:
+    """A result with this validation accuracy over epochs, 10 seconds each."""
+    history = [{"validation_accuracy": accuracy, "seconds": 10.0} for accuracy in accuracies]
+    test = {name: {"all_10000": {"accuracy": value}} for name, value in (("best", 80.5), ("last", 79.25))}
+    return {"seed": 0, "history": history, "best_epoch": best, "test": test, "settings": settings}
+
+
+def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
+    results = {name: [validated([value], 1)] for name, value in (("a", 86.0), ("b", 82.0), ("c", 82.1))}
+    assert better_on_validation("a", "b", results)["verdict"] == "holds"
+    assert better_on_validation("b", "a", results)["verdict"] == "does not hold"
+    assert better_on_validation("c", "b", results)["verdict"] == "within noise"
+    assert better_on_validation("a", "missing", results) is None
+    close = {"a": [validated([84.5], 1)], "b": [validated([82.0], 1)]}  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
+    assert better_on_validation("a", "b", close)["evidence"].endswith("noise ±3.3")
+    four = {name: [found[0] | {"seed": seed} for seed in range(4)] for name, found in close.items()}
+    assert better_on_validation("a", "b", four)["verdict"] == "holds"  # of 4,000 answers, half the noise
+
+
+def test_the_table_of_stopping_rules():
+    full = [70.0, 80.0, 79.0, 78.0, 81.0]
+    results = {
+        "convnet_patience2": [validated(full[:4], 2, patience=2)],
+        "convnet_full": [validated(full, 5, patience=None)],
+        "batchnorm_patience2": [validated(full[:4], 2, patience=2)],
+    }
+    _, stopped, unstopped, alone = stopping_table(results)
+    assert stopped == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25", "1, 00:10"]
+    assert unstopped[:3] == ["convnet, no early stopping", "5", "5"] and unstopped[-1] == "0, 00:00"
+    assert alone[-1] == "-"  # nothing to compare with
+
+
+def test_several_seeds_are_mean_and_standard_deviation():
+    assert common.mean_and_deviation([80.0]) == "80.0"
+    assert common.mean_and_deviation([80.0, 82.0]) == "81.0 ± 1.4"
+    several = as_results(np.repeat([[True] * 80 + [False] * 20, [True] * 82 + [False] * 18], 100, axis=1))
+    assert common.mean_test_accuracy(several) == pytest.approx(81.0)
+    assert spread(several) == pytest.approx((81 - math.sqrt(2), 81 + math.sqrt(2)))
+    assert spread(several[:1]) == pytest.approx(wilson_interval(8000, 10_000), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "names"),
+    [
+        (q2_batchnorm_earlystop, ["--patience", "5", "3"], {"convnet_patience3", "batchnorm_patience3"}),
+        (q3_augment_dropout, ["--dropout", "0.1", "0.9"], {"dropout_0.9"}),
+    ],
+)
+def test_options_add_runs(question, options, names):
+    args = common.make_parser(question.QUESTION).parse_args(options)
+    runs = {run.name: run for run in common.select_runs(question.QUESTION, args, torch.device("cpu"))}
+    assert runs.keys() - {run.name for run in question.RUNS} == names
+    if "--patience" in options:  # no training of their own
+        assert runs["batchnorm_patience3"].settings.key() == runs["batchnorm_full"].settings.key()
+
+
+@pytest.mark.parametrize("name", ["crop", "crop_3epochs"])
+def test_only_takes_the_names_that_list_shows(name):
+    args = common.make_parser(q3_augment_dropout.QUESTION).parse_args(["--epochs", "3", "--only", name])
+    (run,) = common.select_runs(q3_augment_dropout.QUESTION, args, torch.device("cpu"))
+    assert run.name == "crop_3epochs" and run.settings.epochs == 3
+
+
 def test_the_command_line_end_to_end(finished):
     folder, out, err = finished
     assert "7,678,474" in out and "SAMPLE" in (folder / "out/sample/README.md").read_text()
@@ -186,6 +248,9 @@ def test_the_command_line_end_to_end(finished):
     assert names == {"seed0.json", "seed0_filters.npz", "network.txt", *figures}
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
+    assert result["history"][0]["train_loss"] > result["history"][2]["train_loss"]
+    low, _ = result["test"]["best"]["all_10000"]["ci95"]
+    assert low > 10  # better than chance
     assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs
     assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
     assert not (folder / "out/q1").exists()  # never among the full results
@@ -268,8 +333,11 @@ def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
     assert capsys.readouterr().out.split() == list(map(str, paths))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     with pytest.raises(SystemExit):
-        common.run_question(q1_convnet.QUESTION, options)
+        common.run_question(q3_augment_dropout.QUESTION, [*options, "--only", "dropout_0.1"])
     assert "none of these runs has an augmentation" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        common.run_question(q1_convnet.QUESTION, options)
+    assert "unrecognized arguments: --preview" in capsys.readouterr().err
 
 
 def test_list_shows_every_runs_state(finished, tmp_path, capsys):

@@ -10,6 +10,8 @@ import common
 import q1_convnet
 from common import (
     ConvNet,
+    HorizontalFlip,
+    RandomCrop,
     Run,
     Settings,
     Split,
@@ -24,9 +26,15 @@ from common import (
 from conftest import start
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(
-    data="cifar10-sample", precision="fp32", dropout=0.2, epochs=2, batch_size=80
-)  # batches of 80 and 40
+SETTINGS = Settings(  # all that is random or has a state of its own; batches of 80 and 40
+    data="cifar10-sample",
+    precision="fp32",
+    batch_norm=True,
+    dropout=0.2,
+    augment=(RandomCrop(), HorizontalFlip()),
+    epochs=2,
+    batch_size=80,
+)
 
 
 def follow(small, folder, **changes):
@@ -60,6 +68,26 @@ def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path)
     assert_same_training(follow(small, tmp_path), two_epochs[1])
     other = follow(small, tmp_path, seed=1, epochs=1)
     assert numbers(other)[0]["train_loss"] != numbers(two_epochs[1])[0]["train_loss"]
+
+
+def test_training_is_augmented_anew_every_epoch_and_evaluation_never(small, tmp_path, monkeypatch):
+    drawn, real = [], Split.batch
+
+    def batch(split, index, settings, rng=None, part=slice(None)):
+        drawn.append((len(split), None if rng is None else rng.initial_seed()))
+        return real(split, index, settings, rng, part)
+
+    monkeypatch.setattr(Split, "batch", batch)
+    follow(small, tmp_path)
+    training = [seed for images, seed in drawn if images == 120]
+    assert len(training) == 4 and training[0] == training[1] != training[2] == training[3]  # two batches an epoch
+    assert None not in training and {seed for images, seed in drawn if images != 120} == {None}
+
+
+def test_the_optimiser_is_the_exercises(two_epochs):
+    (group,) = two_epochs[1]["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(2e-3 * 0.95) and group["weight_decay"] == 1e-3  # in the second epoch
+    assert [entry["lr"] for entry in two_epochs[1]["history"]] == pytest.approx([2e-3, 2e-3 * 0.95])
 
 
 def test_one_epoch_extended_to_two_is_two_in_one_go(small, two_epochs, tmp_path):
@@ -138,7 +166,7 @@ def test_best_weights_are_a_copy(small, two_epochs, tmp_path, worse_every_epoch)
 
 def test_the_best_weights_give_the_recorded_predictions(small, two_epochs):
     state = two_epochs[1]
-    model = ConvNet(dropout=0.2).to(memory_format=torch.channels_last)
+    model = ConvNet(batch_norm=True, dropout=0.2).to(memory_format=torch.channels_last)
     model.load_state_dict(state["best"])
     _, predictions = evaluate(model, small["test"], SETTINGS)
     epoch = best_epoch([entry["validation_accuracy"] for entry in state["history"]])

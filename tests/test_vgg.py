@@ -1,6 +1,5 @@
 import dataclasses
 import hashlib
-import shutil
 import socket
 from pathlib import Path
 
@@ -97,6 +96,7 @@ def test_runs_of_other_weights_are_named_by_them(weights):
     runs = common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert [r.name for r in runs] == [f"frozen_random_{digest[:8]}", f"finetune_random_{digest[:8]}", "scratch"]
+    assert runs[0].provenance() == {"weights_sha256": digest} and runs[2].provenance() == {}
     assert digest in runs[0].settings.weights and runs[0].reported == {} == runs[1].reported
     assert len({run.settings.key() for run in runs}) == 3
 
@@ -129,12 +129,13 @@ def test_bad_weight_files(weights, tmp_path, capsys, damage):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_other_weights_in_torchs_cache_do_not_pass_for_imagenets(weights, monkeypatch, tmp_path):
+@pytest.mark.parametrize("content", ["other weights", "truncated"])
+def test_another_file_in_torchs_cache_does_not_pass_for_imagenets(weights, monkeypatch, tmp_path, content):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path / "hub/checkpoints" / Path(q4_vgg_transfer.IMAGENET.url).name
     cached.parent.mkdir(parents=True)
-    shutil.copy(weights, cached)
-    with pytest.raises(UserError, match=f"{cached} has another SHA-256"):
+    cached.write_bytes(weights.read_bytes()[: 1000 if content == "truncated" else None])
+    with pytest.raises(UserError, match=f"{cached} is damaged.*delete it"):
         load_weights("imagenet")
 
 
