@@ -335,14 +335,14 @@ def measure(name: str, plain_loop: Callable, our_loop: Callable, what: tuple, ar
 
 
 def print_training(rows: Sequence[dict], batch_size: int) -> None:
-    print(f"\n{'':<20}{'ms per step':>18}{'images/s':>16}{'times faster':>21}{'peak MiB':>16}{'outside':>10}")
+    print(f"\n{'':<20}{'ms per step':>18}{'images/s':>16}{'times faster':>23}{'peak MiB':>16}{'outside':>10}")
     pair = f"{'plain':>8}{'ours':>8}"
-    print(f"{'training':<20}  {pair}{pair}{'(min - max)':>21}{pair}{'network':>10}")
+    print(f"{'training':<20}  {pair}{pair}{'(min - max)':>23}{pair}{'network':>10}")
     for r in rows:
         speeds = [1000 * batch_size / r[k] for k in ("plain_ms", "our_ms")]
         print(
             f"{r['network']:<20}{r['plain_ms']:>10.1f}{r['our_ms']:>8.1f}{speeds[0]:>8.0f}{speeds[1]:>8.0f}"
-            f"{r['ratio']:>21}{r['plain_memory']:>8.0f}{r['our_memory']:>8.0f}{r['outside']:>10.2%}"
+            f"{r['ratio']:>23}{r['plain_memory']:>8.0f}{r['our_memory']:>8.0f}{r['outside']:>10.2%}"
         )
 
 

@@ -81,7 +81,9 @@ class Settings:
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
     precision: str = field(default="auto", metadata={"help": "fp32, bf16, or auto: bf16 where it is native and faster"})
     seed: int = 0
-    epochs: int = field(default=20, metadata={"help": "train this many epochs instead of the report's number"})
+    epochs: int = field(
+        default=20, metadata={"help": "instead of the report's number; such runs are named by it, and not compared"}
+    )
     patience: int | None = None  # stop after this many epochs without a better validation accuracy
 
     def as_dict(self) -> dict:
