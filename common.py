@@ -1002,7 +1002,8 @@ def load_result(path: Path) -> dict:
         require(result["best_epoch"] == best, f"its best epoch is {best}")
         for name in ("best", "last"):
             scored = result["test"][name]
-            numbers(*scored["all_10000"]["ci95"], scored["all_10000"]["accuracy"], scored["first_1000"]["accuracy"])
+            for part in (scored["first_1000"], scored["all_10000"]):
+                numbers(part["accuracy"], *part["ci95"])
             correct = correct_images(scored)
             percent, confusion = 100 * correct.mean(), np.array(scored["confusion"])
             same = math.isclose(percent, scored["all_10000"]["accuracy"], abs_tol=1e-3)
