@@ -968,8 +968,11 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
     }
 
 
-def write_result(folder: Path, result: dict, state: dict) -> None:
-    """seed<N>.json, and seed<N>_filters.npz: the first layer before training, at the best and at the last epoch."""
+def write_result(folder: Path, result: dict, state: dict) -> bool:
+    """seed<N>.json, and seed<N>_filters.npz: the first layer before training, at the best and at the last epoch.
+
+    Returns whether the result is new.
+    """
     text = json.dumps(result, indent=2)
     innermost = r"[\[{][^\[\]{}]*[\]}]"  # on one line each
     text = re.sub(innermost, lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
@@ -977,7 +980,10 @@ def write_result(folder: Path, result: dict, state: dict) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: state["filters"][epoch].numpy() for name, epoch in epochs.items()})
     write_atomic(folder / f"seed{result['seed']}_filters.npz", buffer.getbuffer())
-    write_atomic(folder / f"seed{result['seed']}.json", (text + "\n").encode())
+    path, content = folder / f"seed{result['seed']}.json", (text + "\n").encode()
+    new = not path.exists() or path.read_bytes() != content
+    write_atomic(path, content)
+    return new
 
 
 def load_result(path: Path) -> dict:
@@ -1048,10 +1054,16 @@ def title(result: dict, text: str, run: bool = False) -> str:
 
 
 def plot_curve(axes, results: list[dict], name: str, label: str, **style) -> None:
-    """One history entry over epochs: the mean over seeds; of several, a band of one standard deviation too."""
-    epochs = min(len(r["history"]) for r in results)
-    values = np.array([[h[name] for h in r["history"][:epochs]] for r in results])  # [seeds, epochs]
-    x, mean = np.arange(1, epochs + 1), values.mean(0)
+    """One history entry over epochs: the mean over seeds; of several, a band of one standard deviation too.
+
+    Seeds that early stopping ended after different epochs have a line each.
+    """
+    if len({len(r["history"]) for r in results}) > 1:
+        for result in results:
+            plot_curve(axes, [result], name, label if result is results[0] else None, **style)
+        return
+    values = np.array([[h[name] for h in r["history"]] for r in results])  # [seeds, epochs]
+    x, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
     (line,) = axes.plot(x, mean, label=label, **style)
     if len(results) > 1:
         deviation = values.std(0, ddof=1)
@@ -1462,10 +1474,10 @@ def select_runs(question: Question, args: argparse.Namespace, device: torch.devi
         if args.precision != "auto":
             name = f"{name}_{precision}"
         runs[run.name] = dataclasses.replace(run, name=name, settings=settings, reported=reported)
-    only = set(args.only or runs)
-    if unknown := only - runs.keys() - {run.name for run in runs.values()}:
+    by_name = runs | {run.name: run for run in runs.values()}
+    if unknown := set(args.only or ()) - by_name.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(runs)}")
-    return [run for name, run in runs.items() if only & {name, run.name}]
+    return list({by_name[name].name: by_name[name] for name in args.only or runs}.values())  # in the order asked for
 
 
 def require_writable(folder: Path) -> None:
@@ -1484,13 +1496,15 @@ def load_results(folder: Path) -> list[dict]:
     return sorted((load_result(path) for path in paths), key=lambda r: r["seed"])
 
 
-def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
+def list_runs(runs: Sequence[Run], others: Sequence[Run], args: argparse.Namespace, folder: Path) -> None:
     """--list: every run's state, and an estimate of the time left from the epochs trained so far.
 
-    An epoch is taken to last what those of the same network did. Runs that share a trajectory share what is left of it.
+    An epoch is taken to last what those of the same network did, in `others` too. Runs that share a trajectory share
+    what is left of it.
     """
-    rows, seconds, width = [], {}, max(len(run.name) for run in runs)
-    for run in runs:
+    shown, rows, seconds = {run.name for run in runs}, [], {}
+    width = max(map(len, shown))
+    for run in [*runs, *(run for run in others if run.name not in shown)]:
         for seed in range(args.seeds):
             settings = dataclasses.replace(run.settings, seed=seed)
             path, history = args.checkpoint_dir / f"{settings.key()}.pt", []
@@ -1507,7 +1521,8 @@ def list_runs(runs: Sequence[Run], args: argparse.Namespace, folder: Path) -> No
             elif result:
                 state += " (has a result)"  # of another machine, or of before --fresh
             seconds.setdefault((settings.network, settings.freeze), []).extend(h["seconds"] for h in history)
-            rows.append((run.name, settings, state, left))
+            if run.name in shown:
+                rows.append((run.name, settings, state, left))
     left_over = {}  # of every trajectory: epochs, and seconds per epoch where they are known
     for name, settings, state, left in rows:
         epoch_times, text = seconds[settings.network, settings.freeze], ""
@@ -1535,9 +1550,9 @@ def set_aside(path: Path) -> None:
 
 
 def train_runs(
-    question: str, runs: Sequence[Run], args: argparse.Namespace, folder: Path, device: torch.device
+    question: Question, runs: Sequence[Run], args: argparse.Namespace, folder: Path, device: torch.device
 ) -> None:
-    """Train what is missing of every run and seed, and write its result as soon as it is there."""
+    """Train what is missing of every run and seed; write its result, figures and gallery as soon as it is there."""
     keep_large_blocks()
     on_first(lambda: require_writable(args.checkpoint_dir))
     data = on_all(lambda: load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))
@@ -1571,7 +1586,9 @@ def train_runs(
 
         def write() -> None:
             write_atomic(folder / run.name / "network.txt", network.encode())
-            write_result(folder / run.name, read_run(question, run, state, data["test"].labels), state)
+            result = read_run(question.name, run, state, data["test"].labels)
+            if write_result(folder / run.name, result, state) and queue:  # after the last, the caller writes them all
+                write_question(question, folder, args.sample, [run.name])
 
         on_first(write)
 
@@ -1588,14 +1605,19 @@ def preview_runs(runs: Sequence[Run], folder: Path) -> None:
         raise UserError("--preview: none of these runs has an augmentation")
 
 
-def write_question(question: Question, folder: Path, sample: bool) -> None:
-    """Figures, claims.json, the gallery's section and the tables on the screen, from the question's results alone."""
+def write_question(
+    question: Question, folder: Path, sample: bool, drawn: Iterable[str] | None = None
+) -> tuple[list, list]:
+    """Figures, claims.json and the gallery's section, from the question's results alone; returns tables and verdicts.
+
+    drawn: the runs whose own figures are drawn again; None draws all.
+    """
     with file_lock(folder.parent / ".gallery.lock"):
         reported = {run.name: run.reported for run in question.runs}
         others = sorted(p.name for p in folder.glob("*/") if p.name not in reported)
         results = {name: found for name in [*reported, *others] if (found := load_results(folder / name))}
-        for name, found in results.items():
-            plot_run(found, folder / name)
+        for name in results if drawn is None else drawn:
+            plot_run(results[name], folder / name)
         beside = {
             run: found for run, other in question.beside.items() if (found := load_results(folder.parent / other / run))
         }
@@ -1612,6 +1634,11 @@ def write_question(question: Question, folder: Path, sample: bool) -> None:
         write_gallery(
             folder.parent, question.name, gallery_section(question, results, tables, verdicts, figures), sample
         )
+    return tables, verdicts
+
+
+def print_question(folder: Path, tables: list, verdicts: list[dict], sample: bool) -> None:
+    """What `write_question` returns, on the screen."""
     print(SAMPLE_HEAD if sample else "")
     for table in tables:
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -1631,13 +1658,14 @@ def run_question(question: Question, argv: Sequence[str] | None = None) -> None:
             runs = on_all(lambda: select_runs(question, args, device))
             folder = args.output_dir / ("sample" if args.sample else "") / question.name
             if args.list:
-                return on_first(lambda: list_runs(runs, args, folder))
+                others = select_runs(question, argparse.Namespace(**vars(args) | {"only": None}), device)
+                return on_first(lambda: list_runs(runs, others, args, folder))
             on_first(lambda: require_writable(args.output_dir))
             if "preview" in args and args.preview:
                 return on_first(lambda: preview_runs(runs, folder))
             if not args.replot:
-                train_runs(question.name, runs, args, folder, device)
-            on_first(lambda: write_question(question, folder, args.sample))
+                train_runs(question, runs, args, folder, device)
+            on_first(lambda: print_question(folder, *write_question(question, folder, args.sample), args.sample))
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except KeyboardInterrupt:

@@ -35,9 +35,10 @@ from common import (
     title,
 )
 
-VALIDATION_IMAGES = 1000
+VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 PANELS = ("cross entropy", "validation accuracy (%)")
 NETWORKS = {"convnet": Settings(epochs=50), "batchnorm": Settings(epochs=50, batch_norm=True)}
+COLORS = {"convnet": "tab:blue", "batchnorm": "tab:orange"}
 REPORTED = {  # percent
     ("convnet", 5): {"validation": 80.7},
     ("batchnorm", 5): {"validation": 82.8, "test": 80.9},
@@ -71,10 +72,11 @@ def better_on_validation(better: str, worse: str, results: dict[str, list[dict]]
     if not seeds:
         return None
     a, b = (statistics.mean(values[seed] for seed in seeds) for values in by_seed)
-    noise = 1.96 * math.sqrt((a * (100 - a) + b * (100 - b)) / (VALIDATION_IMAGES * len(seeds)))
+    images = VALIDATION_IMAGES[results[better][0]["settings"]["data"]] * len(seeds)
+    noise = 1.96 * math.sqrt((a * (100 - a) + b * (100 - b)) / images)
     return {
         "verdict": "within noise" if abs(a - b) <= noise else "holds" if a > b else "does not hold",
-        "evidence": f"validation {a:.1f} against {b:.1f} %, noise ±{noise:.1f}",
+        "evidence": f"validation {a:.1f} against {b:.1f} %, noise ±{noise:.1f} (as of independent runs)",
         "seeds": len(seeds),
     }
 
@@ -82,10 +84,16 @@ def better_on_validation(better: str, worse: str, results: dict[str, list[dict]]
 def patience_pays(results: dict[str, list[dict]]) -> dict | None:
     """Criterion of claim 4, which is about validation; the paired difference on the test images stands beside it."""
     longer, shorter = "batchnorm_patience7", "batchnorm_patience5"
-    if found := better_on_validation(longer, shorter, results):
-        test = paired_difference(results[longer], results[shorter])
-        found["evidence"] += f"; on test images {longer} − {shorter}: {points(test)}"
-    return found
+    if not (found := better_on_validation(longer, shorter, results)):
+        return None
+    best = [{r["seed"]: r["best_epoch"] for r in results[name]} for name in (longer, shorter)]
+    if best[0] == best[1]:
+        found["evidence"] += "; both restore the same weights"
+    test = paired_difference(results[longer], results[shorter])
+    return found | {
+        "evidence": f"{found['evidence']}; on test images {longer} − {shorter}: {points(test)}",
+        "test": test,
+    }
 
 
 CLAIMS = [
@@ -117,36 +125,56 @@ def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
     if pair := [name for name in ("convnet", "batchnorm") if name in results]:
         heading = title(results[pair[0]][0], "with and without batch norm")
         drawn["batchnorm.png"], (losses, accuracies) = new_panels(heading, PANELS)
-        for name, color in zip(pair, ("tab:blue", "tab:orange")):
+        for name in pair:
+            color = COLORS[name]
             plot_curve(losses, results[name], "train_loss", f"{name}: training", color=color, linestyle="--")
             plot_curve(losses, results[name], "validation_loss", f"{name}: validation", color=color)
             plot_curve(accuracies, results[name], "validation_accuracy", name, color=color)
         losses.legend()
         accuracies.legend()
-    if full := [name for name in NETWORKS if f"{name}_full" in results]:
-        heading = "where each patience stops (line) and the weights it restores (dot)"
-        heading = title(results[f"{full[0]}_full"][0], heading)
-        drawn["early_stopping.png"], (losses, accuracies) = new_panels(heading, PANELS)
-        for network, color in zip(full, ("tab:blue", "tab:orange")):
-            plot_curve(losses, results[f"{network}_full"], "validation_loss", network, color=color)
-            plot_curve(accuracies, results[f"{network}_full"], "validation_accuracy", network, color=color)
-            for name, found in results.items():
-                if re.fullmatch(rf"{network}_patience\d+", name):
-                    stop, best = len(found[0]["history"]), found[0]["best_epoch"]
-                    patience = found[0]["settings"]["patience"]
-                    for axes, entry in ((losses, "validation_loss"), (accuracies, "validation_accuracy")):
-                        axes.axvline(stop, color=color, linestyle=":")
-                        label = {"color": color, "rotation": 90, "ha": "right", "transform": axes.get_xaxis_transform()}
-                        axes.text(stop, 0.02, f"patience {patience}", **label)
-                        axes.plot(best, found[0]["history"][best - 1][entry], "o", color=color)
-        losses.legend()
-        accuracies.legend()
+    if full := {name: results[f"{name}_full"][0] for name in NETWORKS if f"{name}_full" in results}:
+        drawn["early_stopping.png"] = plot_stops(full, results)
     return drawn
 
 
+def full_run(network: str, result: dict, results: dict[str, list[dict]]) -> dict | None:
+    """The training to the end that this result was read from; None where it is not there, or was another training."""
+    epochs = len(result["history"])
+    return next((f for f in results.get(f"{network}_full", []) if f["history"][:epochs] == result["history"]), None)
+
+
+def has_stopped(result: dict) -> bool:
+    """Did its patience end it, before its epochs did?"""
+    patience = result["settings"]["patience"]
+    return patience is not None and len(result["history"]) - result["best_epoch"] >= patience
+
+
+def plot_stops(full: dict[str, dict], results: dict[str, list[dict]]) -> Figure:
+    """The full curves of every network (its first seed), where each patience stops, and which weights it restores."""
+    first = next(iter(full.values()))
+    heading = f"seed {first['seed']}: where each patience stops (dotted, numbered), the weights it restores (dot)"
+    figure, panels = new_panels(title(first, heading), PANELS)
+    for axes, entry in zip(panels, ("validation_loss", "validation_accuracy")):
+        for row, (network, whole) in enumerate(full.items()):
+            color, stops = COLORS[network], {}
+            plot_curve(axes, [whole], entry, network, color=color)
+            rules = [found for name, found in results.items() if re.fullmatch(rf"{network}_patience\d+", name)]
+            for result in (r for found in rules for r in found if full_run(network, r, results) is whole):
+                best = result["best_epoch"]
+                axes.plot(best, result["history"][best - 1][entry], "o", color=color)
+                if has_stopped(result):
+                    stops.setdefault(len(result["history"]), set()).add(result["settings"]["patience"])
+            for stop, patiences in stops.items():
+                axes.axvline(stop, color=color, linestyle=":")
+                text, place = ", ".join(map(str, sorted(patiences))), axes.get_xaxis_transform()
+                axes.text(stop, 1.01 + 0.04 * row, text, color=color, ha="center", fontsize=8, transform=place)
+        axes.legend()
+    return figure
+
+
 def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """For every stopping rule, and none (seed 0): where training ends, the accuracies of the best and of the last
-    weights, and what is saved.
+    """For every stopping rule, and none: where training ends, the accuracies of the best and of the last weights, and
+    what is saved. One row per seed.
     """
     head = [
         "rule",
@@ -156,22 +184,28 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
         "last: validation / test",
         "epochs and time saved",
     ]
-    rows = []
-    for name, (result, *_) in results.items():
-        if not (rule := re.fullmatch(r"(\w+)_(full|patience(\d+))", name)):
+    rows = {}
+    for name, found in results.items():
+        if not (rule := re.fullmatch(rf"({'|'.join(NETWORKS)})_(?:full|patience\d+)", name)):
             continue
-        network, kind, patience = rule.groups()
-        history, best = result["history"], result["best_epoch"]
-        full = results.get(f"{network}_full", [None])[0]
-        rest = full["history"][len(history) :] if full else []
-        pairs = [
-            f"{history[epoch - 1]['validation_accuracy']:.1f} / {result['test'][which]['all_10000']['accuracy']:.2f}"
-            for which, epoch in (("best", best), ("last", len(history)))
-        ]
-        saved = f"{len(rest)}, {duration(sum(h['seconds'] for h in rest))}" if full else "-"
-        rule = f"{network}, no early stopping" if kind == "full" else f"{network}, patience {patience}"
-        rows.append([rule, f"{len(history)}", f"{best}", *pairs, saved])
-    return [head, *rows] if rows else []
+        network = rule[1]
+        for result in found:
+            patience, history, best = result["settings"]["patience"], result["history"], result["best_epoch"]
+            pairs = [
+                f"{history[epoch - 1]['validation_accuracy']:.1f} / {result['test'][which]['all_10000']['accuracy']:.2f}"
+                for which, epoch in (("best", best), ("last", len(history)))
+            ]
+            full = full_run(network, result, results)
+            rest = full["history"][len(history) :] if full else []
+            rows[list(NETWORKS).index(network), patience or math.inf, result["seed"]] = [
+                f"{network}, {f'patience {patience}' if patience else 'no early stopping'}"
+                + (f", seed {result['seed']}" if len(found) > 1 else ""),
+                f"{len(history)}" + (" (did not stop)" if patience and not has_stopped(result) else ""),
+                f"{best}",
+                *pairs,
+                f"{len(rest)}, {duration(sum(h['seconds'] for h in rest))}" if full else "-",
+            ]
+    return [head, *(rows[place] for place in sorted(rows))] if rows else []
 
 
 QUESTION = Question(
@@ -188,7 +222,7 @@ QUESTION = Question(
             "nargs": "+",
             "default": [],
             "metavar": "N",
-            "help": "also stop each network after N epochs without a better validation accuracy",
+            "help": "also stop each network after N epochs without a better validation accuracy; read from checkpoints",
         }
     },
     configure=more_patience,

@@ -169,16 +169,20 @@ def test_criteria_of_question_3():
     assert about_equal("a", "b", results, margin=0.5)["verdict"] == "within noise"
     assert about_equal("a", "c", results, margin=2.0)["verdict"] == "does not hold"
     assert about_equal("a", "missing", results, margin=2.0) is None
-    gaps = {"zero": 0.1, "wide": 0.9, "negative": -0.5}
+    gaps = {"zero": 0.1, "close": 0.14, "wide": 0.9, "negative": -0.5}
     histories = {n: [{"history": [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]}] for n, gap in gaps.items()}
     assert narrowest_gap("zero", ["wide", "negative"], histories)["verdict"] == "holds"
     assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
+    assert narrowest_gap("zero", ["close", "wide"], histories)["verdict"] == "within noise"
+    assert narrowest_gap("close", ["zero", "wide"], histories)["verdict"] == "within noise"
+    assert narrowest_gap("zero", ["missing"], histories) is None
 
 
 def validated(accuracies: list[float], best: int, **settings) -> dict:
     """A result with this validation accuracy over epochs, 10 seconds each."""
     history = [{"validation_accuracy": accuracy, "seconds": 10.0} for accuracy in accuracies]
     test = {name: {"all_10000": {"accuracy": value}} for name, value in (("best", 80.5), ("last", 79.25))}
+    settings = {"data": "cifar10", "patience": None} | settings
     return {"seed": 0, "history": history, "best_epoch": best, "test": test, "settings": settings}
 
 
@@ -189,7 +193,9 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
     assert better_on_validation("c", "b", results)["verdict"] == "within noise"
     assert better_on_validation("a", "missing", results) is None
     close = {"a": [validated([84.5], 1)], "b": [validated([82.0], 1)]}  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
-    assert better_on_validation("a", "b", close)["evidence"].endswith("noise ±3.3")
+    assert "noise ±3.3" in better_on_validation("a", "b", close)["evidence"]
+    sample = {"a": [validated([60.0], 1, data="cifar10-sample")], "b": [validated([51.0], 1, data="cifar10-sample")]}
+    assert "noise ±9.7" in better_on_validation("a", "b", sample)["evidence"]  # 200 images
     four = {name: [found[0] | {"seed": seed} for seed in range(4)] for name, found in close.items()}
     assert better_on_validation("a", "b", four)["verdict"] == "holds"  # of 4,000 answers, half the noise
 
@@ -197,14 +203,44 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
 def test_the_table_of_stopping_rules():
     full = [70.0, 80.0, 79.0, 78.0, 81.0]
     results = {
-        "convnet_patience2": [validated(full[:4], 2, patience=2)],
-        "convnet_full": [validated(full, 5, patience=None)],
         "batchnorm_patience2": [validated(full[:4], 2, patience=2)],
+        "convnet_full": [validated(full, 5)],
+        "convnet_patience10": [validated(full, 5, patience=10)],
+        "convnet_patience2": [validated(full[:4], 2, patience=2)],
+        "convnet_full_30epochs": [validated(full, 5)],  # no rule of the report's 50 epochs
     }
-    _, stopped, unstopped, alone = stopping_table(results)
+    _, stopped, never, unstopped, alone = stopping_table(results)  # in order of network and patience
     assert stopped == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25", "1, 00:10"]
+    assert never[:3] == ["convnet, patience 10", "5 (did not stop)", "5"]
     assert unstopped[:3] == ["convnet, no early stopping", "5", "5"] and unstopped[-1] == "0, 00:00"
     assert alone[-1] == "-"  # nothing to compare with
+    results["convnet_full"] = [validated([71.0, *full[1:]], 5)]  # another training
+    assert stopping_table(results)[1][-1] == "-"
+
+
+def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
+    full = [70.0, 80.0, 79.0, 78.0, 77.0]
+    whole = validated(full, 2) | {"question": "q2"}
+    for entry in whole["history"]:
+        entry["validation_loss"] = 1.0
+    whole["settings"]["data"] = "cifar10"
+
+    def rule(patience, history):
+        settings = whole["settings"] | {"patience": patience}
+        return [whole | {"history": history, "settings": settings}]
+
+    other = [dict(entry, validation_accuracy=entry["validation_accuracy"] + 1) for entry in whole["history"]]
+    results = {
+        "convnet_full": [whole],
+        "convnet_patience1": rule(1, whole["history"][:3]),
+        "convnet_patience2": rule(2, whole["history"][:4]),
+        "convnet_patience3": rule(3, whole["history"]),  # stops exactly at the end
+        "convnet_patience9": rule(9, whole["history"]),  # never stops
+        "convnet_patience4": rule(4, other),
+    }
+    figure = q2_batchnorm_earlystop.figures(results)["early_stopping.png"]
+    for axes in figure.axes:
+        assert {t.get_text(): t.get_position()[0] for t in axes.texts} == {"1": 3, "2": 4, "3": 5}
 
 
 def test_several_seeds_are_mean_and_standard_deviation():
@@ -229,6 +265,12 @@ def test_options_add_runs(question, options, names):
     assert runs.keys() - {run.name for run in question.RUNS} == names
     if "--patience" in options:  # no training of their own
         assert runs["batchnorm_patience3"].settings.key() == runs["batchnorm_full"].settings.key()
+
+
+def test_only_keeps_the_order_asked_for():
+    args = common.make_parser(q3_augment_dropout.QUESTION).parse_args(["--only", "dropout_0.1", "crop", "crop"])
+    runs = common.select_runs(q3_augment_dropout.QUESTION, args, torch.device("cpu"))
+    assert [run.name for run in runs] == ["dropout_0.1", "crop"]
 
 
 @pytest.mark.parametrize("name", ["crop", "crop_3epochs"])
@@ -272,6 +314,22 @@ def test_replot_rebuilds_everything_and_changes_nothing(finished, tmp_path, caps
     common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == before
     assert "convnet_3epochs" in capsys.readouterr().out
+
+
+def test_figures_and_gallery_do_not_wait_for_the_last_run(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_sample", lambda: small)
+    seen, real_train = [], common.train
+
+    def train(run, *args):
+        seen.append((run.name, {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("losses.png")}))
+        return real_train(run, *args)
+
+    monkeypatch.setattr(common, "train", train)
+    options = ["--sample", "--epochs", "1", "--output-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path / "c")]
+    common.run_question(q2_batchnorm_earlystop.QUESTION, [*options, "--only", "batchnorm", "convnet"])
+    drawn = "sample/q2/batchnorm_1epochs/losses.png"
+    assert seen == [("batchnorm_1epochs", set()), ("convnet_1epochs", {drawn})]
+    assert "batchnorm_1epochs" in (tmp_path / "sample/README.md").read_text()
 
 
 def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
@@ -354,3 +412,8 @@ def test_list_shows_every_runs_state(finished, tmp_path, capsys):
         sum(60**i * int(t) for i, t in enumerate(line.split()[-2].split(":")[::-1])) for line in (first, second, both)
     ]
     assert both.startswith("in all") and abs(sum(seconds[:2]) - seconds[2]) <= 2  # rounded
+    other = ["--only", "convnet", "--epochs", "5"]  # the same trajectory as question 1's
+    common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), *other])
+    assert "left" in capsys.readouterr().out
+    common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), "--only", "batchnorm"])
+    assert "at most" in capsys.readouterr().out  # not started, but the other network's epochs tell its time
