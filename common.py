@@ -1369,9 +1369,10 @@ def gallery_section(
         judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
         lines += [*markdown_table([["claim", "the report says", "verdict", "measured"], *judged]), ""]
     lines += [f"![{name}]({question.name}/{name})\n" for name in figures]
-    folded = "<details>" if figures else "<details open>"
+    unfolded = () if figures else {run.name for run in question.runs}  # nothing else shows them
     for name in results:
-        lines += [f"{folded}<summary>{name}: curves, filters, confusion matrix</summary>", ""]
+        details = "<details open>" if name in unfolded else "<details>"
+        lines += [f"{details}<summary>{name}: curves, filters, confusion matrix</summary>", ""]
         lines += [f"![{name} {kind}]({question.name}/{name}/{kind}.png)" for kind in RUN_FIGURES]
         lines += ["", "</details>", ""]
     return "\n".join(lines).rstrip() + "\n"
