@@ -99,9 +99,10 @@ def loss_gap(results: list[dict]) -> float:
     return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
 
 
-def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]], margin: float = 0.05) -> dict | None:
+def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]], margin: float = 0.1) -> dict | None:
     """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way, by
-    more than `margin`: a validation loss, the mean over 1,000 images, is not known better.
+    more than `margin`: a validation loss, the mean over 1,000 images, is not known better (1.96 standard errors are
+    0.09 for question 1's best weights, 0.12 for its last).
     """
     if not all(n in results for n in [name, *others]):
         return None
