@@ -223,7 +223,6 @@ def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
     whole = validated(full, 2) | {"question": "q2"}
     for entry in whole["history"]:
         entry["validation_loss"] = 1.0
-    whole["settings"]["data"] = "cifar10"
 
     def rule(patience, history):
         settings = whole["settings"] | {"patience": patience}
@@ -241,6 +240,16 @@ def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
     figure = q2_batchnorm_earlystop.figures(results)["early_stopping.png"]
     for axes in figure.axes:
         assert {t.get_text(): t.get_position()[0] for t in axes.texts} == {"1": 3, "2": 4, "3": 5}
+
+
+def test_seeds_that_stopped_after_different_epochs_are_drawn_whole():
+    _, axes = common.new_axes("", "accuracy (%)")
+    common.plot_curve(axes, [validated([70.0, 80.0], 2)] * 2, "validation_accuracy", "a")
+    assert len(axes.lines) == 1  # the mean
+    stopped = [validated([70.0, 80.0], 2), validated([70.0, 80.0, 79.0], 2)]
+    common.plot_curve(axes, stopped, "validation_accuracy", "b")
+    assert [len(line.get_xdata()) for line in axes.lines[1:]] == [2, 3]
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
 
 
 def test_several_seeds_are_mean_and_standard_deviation():
@@ -414,6 +423,6 @@ def test_list_shows_every_runs_state(finished, tmp_path, capsys):
     assert both.startswith("in all") and abs(sum(seconds[:2]) - seconds[2]) <= 2  # rounded
     other = ["--only", "convnet", "--epochs", "5"]  # the same trajectory as question 1's
     common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), *other])
-    assert "left" in capsys.readouterr().out
+    assert "epoch 3 " in capsys.readouterr().out
     common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), "--only", "batchnorm"])
     assert "at most" in capsys.readouterr().out  # not started, but the other network's epochs tell its time
