@@ -1177,7 +1177,7 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
 def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:
     """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
-    figure, rng = Figure(figsize=(11, 1.3 * len(images))), generator(0, 1, "augment")
+    figure, rng = Figure(figsize=(11, 1.3 * len(images)), layout="constrained"), generator(0, 1, "augment")
     original = images.float() / 255
     for column, axes in enumerate(figure.subplots(len(images), 9).T):
         drawn = augment(original, augmentations, rng, len(images)) if column else original
