@@ -7,6 +7,9 @@
 The report: batch norm lifts test accuracy from 80.7 to 82.2 %; with early stopping, patience 7 reaches 85.8 %
 validation accuracy where patience 5 reaches 82.8, and both 80.9 % on the first 1,000 test images.
 
+Here, one seed: batch norm lifts accuracy on all 10,000 test images from 78.7 to 80.6 %. With batch norm patience 5 ends
+training after epoch 20, patience 7 after 22, and both restore epoch 15: 82.9 % on validation, 80.1 % of the first 1,000.
+
 These runs are two trajectories, one per network: each is trained once, to 50 epochs, and every epoch budget and
 stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.
 """
