@@ -1219,8 +1219,12 @@ class Claim:
     criterion: Callable[[dict, Path], dict | None] | None = None  # of all results and their folder; None: not run
 
 
-def paired_difference(better: list[dict], worse: list[dict], resamples: int = 2000) -> dict:
+def paired_difference(
+    better: list[dict], worse: list[dict], weights: tuple[str, str] = ("best", "best"), resamples: int = 2000
+) -> dict:
     """Difference in test accuracy (percentage points) of two runs on the same images, with a 95 % bootstrap interval.
+
+    `weights` says which of each run's weights are compared, "best" or "last".
 
     Every resample draws test images with replacement and, where there are several seeds, seeds too; the interval is
     that of the percentiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The images are
@@ -1230,7 +1234,10 @@ def paired_difference(better: list[dict], worse: list[dict], resamples: int = 20
     seeds = sorted({r["seed"] for r in better} & {r["seed"] for r in worse})
     if not seeds:
         return {"verdict": "not run"}
-    by_seed = [{r["seed"]: correct_images(r["test"]["best"]).astype(np.int8) for r in runs} for runs in (better, worse)]
+    by_seed = [
+        {r["seed"]: correct_images(r["test"][which]).astype(np.int8) for r in runs}
+        for runs, which in zip((better, worse), weights)
+    ]
     difference = np.stack([by_seed[0][s] - by_seed[1][s] for s in seeds])  # [seeds, images], -1, 0 or 1
     rng = np.random.default_rng(0)
     count, images = difference.shape

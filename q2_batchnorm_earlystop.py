@@ -178,8 +178,8 @@ def plot_stops(full: dict[str, dict], results: dict[str, list[dict]]) -> Figure:
 
 
 def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """For every stopping rule, and none: where training ends, the accuracies of the best and of the last weights, and
-    what is saved. One row per seed.
+    """For every stopping rule, and none: where training ends, the accuracies of the best and of the last weights, their
+    paired difference on all test images (points), and what is saved. One row per seed.
     """
     head = [
         "rule",
@@ -187,6 +187,7 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
         "best epoch",
         "best: validation / test",
         "last: validation / test",
+        "best − last, test [95 %]",
         "epochs and time saved",
     ]
     rows = {}
@@ -200,6 +201,7 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
                 f"{history[epoch - 1]['validation_accuracy']:.1f} / {result['test'][which]['all_10000']['accuracy']:.2f}"
                 for which, epoch in (("best", best), ("last", len(history)))
             ]
+            restored = paired_difference([result], [result], weights=("best", "last"))
             full = full_run(network, result, results)
             rest = full["history"][len(history) :] if full else []
             rows[list(NETWORKS).index(network), patience or math.inf, result["seed"]] = [
@@ -208,6 +210,7 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
                 f"{len(history)}" + (" (did not stop)" if patience and not has_stopped(result) else ""),
                 f"{best}",
                 *pairs,
+                f"{restored['difference']:+.2f} [{restored['ci95'][0]:+.2f}, {restored['ci95'][1]:+.2f}]",
                 f"{len(rest)}, {duration(sum(h['seconds'] for h in rest))}" if full else "-",
             ]
     return [head, *(rows[place] for place in sorted(rows))] if rows else []

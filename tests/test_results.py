@@ -95,6 +95,16 @@ def test_pairing_makes_the_interval_narrower():
     assert 0.7 < low < 1.0 < high < 1.3
 
 
+def test_best_and_last_weights_of_one_run_are_compared_on_the_same_images():
+    run = as_results(draw(0.8, 1, 6))[0]
+    last = correct_images(run["test"]["best"])
+    last[np.flatnonzero(last)[:100]] = False  # worse on 100 images of 10,000
+    run["test"]["last"] = as_results(last[None])[0]["test"]["best"]
+    found = paired_difference([run], [run], weights=("best", "last"))
+    assert found["difference"] == 1.0 and found["verdict"] == "holds"
+    assert paired_difference([run], [run], weights=("last", "best"))["difference"] == -1.0
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"), [(0.85, 0.80, "holds"), (0.80, 0.85, "does not hold"), (0.80, 0.80, "within noise")]
 )
@@ -181,8 +191,11 @@ def test_criteria_of_question_3():
 def validated(accuracies: list[float], best: int, **settings) -> dict:
     """A result with this validation accuracy over epochs, 10 seconds each."""
     history = [{"validation_accuracy": accuracy, "seconds": 10.0} for accuracy in accuracies]
-    test = {name: {"all_10000": {"accuracy": value}} for name, value in (("best", 80.5), ("last", 79.25))}
-    settings = {"data": "cifar10", "patience": None} | settings
+    labels = torch.zeros(400, dtype=torch.long)
+    test = {
+        name: score((torch.arange(400) >= right).long(), labels, 1) for name, right in (("best", 322), ("last", 317))
+    }
+    settings = {"data": "cifar10", "patience": None, "precision": "fp32"} | settings
     return {"seed": 0, "history": history, "best_epoch": best, "test": test, "settings": settings}
 
 
@@ -210,7 +223,8 @@ def test_the_table_of_stopping_rules():
         "convnet_full_30epochs": [validated(full, 5)],  # no rule of the report's 50 epochs
     }
     _, stopped, never, unstopped, alone = stopping_table(results)  # in order of network and patience
-    assert stopped == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25", "1, 00:10"]
+    assert stopped[:5] == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25"]
+    assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10"
     assert never[:3] == ["convnet, patience 10", "5 (did not stop)", "5"]
     assert unstopped[:3] == ["convnet, no early stopping", "5", "5"] and unstopped[-1] == "0, 00:00"
     assert alone[-1] == "-"  # nothing to compare with
