@@ -188,12 +188,12 @@ def test_criteria_of_question_3():
     assert narrowest_gap("zero", ["missing"], histories) is None
 
 
-def validated(accuracies: list[float], best: int, **settings) -> dict:
-    """A result with this validation accuracy over epochs, 10 seconds each."""
+def validated(accuracies: list[float], best: int, right: int = 322, **settings) -> dict:
+    """A result with this validation accuracy over epochs, 10 seconds each, and `right` of 400 test images."""
     history = [{"validation_accuracy": accuracy, "seconds": 10.0} for accuracy in accuracies]
     labels = torch.zeros(400, dtype=torch.long)
     test = {
-        name: score((torch.arange(400) >= right).long(), labels, 1) for name, right in (("best", 322), ("last", 317))
+        name: score((torch.arange(400) >= count).long(), labels, 1) for name, count in (("best", right), ("last", 317))
     }
     settings = {"data": "cifar10", "patience": None, "precision": "fp32"} | settings
     return {"seed": 0, "history": history, "best_epoch": best, "test": test, "settings": settings}
@@ -217,19 +217,20 @@ def test_the_table_of_stopping_rules():
     full = [70.0, 80.0, 79.0, 78.0, 81.0]
     results = {
         "batchnorm_patience2": [validated(full[:4], 2, patience=2)],
-        "convnet_full": [validated(full, 5)],
-        "convnet_patience10": [validated(full, 5, patience=10)],
+        "convnet_full": [validated(full, 5, right=342)],
+        "convnet_patience10": [validated(full, 5, right=342, patience=10)],
         "convnet_patience2": [validated(full[:4], 2, patience=2)],
         "convnet_full_30epochs": [validated(full, 5)],  # no rule of the report's 50 epochs
     }
     _, stopped, never, unstopped, alone = stopping_table(results)  # in order of network and patience
     assert stopped[:5] == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25"]
-    assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10"
+    assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10" and stopped[7].startswith("+5.00 [+")
     assert never[:3] == ["convnet, patience 10", "5 (did not stop)", "5"]
-    assert unstopped[:3] == ["convnet, no early stopping", "5", "5"] and unstopped[-1] == "0, 00:00"
-    assert alone[-1] == "-"  # nothing to compare with
+    assert unstopped[:3] == ["convnet, no early stopping", "5", "5"]
+    assert unstopped[-2:] == ["0, 00:00", "+0.00 [+0.00, +0.00]"]
+    assert alone[-2:] == ["-", "-"]  # nothing to compare with
     results["convnet_full"] = [validated([71.0, *full[1:]], 5)]  # another training
-    assert stopping_table(results)[1][-1] == "-"
+    assert stopping_table(results)[1][-2:] == ["-", "-"]
 
 
 def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
