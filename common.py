@@ -1,6 +1,6 @@
 """What the four question scripts share, top to bottom in the order a run needs it:
 
-    settings -> data -> augmentation -> network -> training -> evaluation -> results -> figures -> command line
+    settings -> data -> augmentation -> network -> training -> results -> figures -> claims -> gallery -> command line
 
 A question script declares its runs as data and calls `run_question`; every mechanism is here. The protocol (splits,
 optimiser, initialisation) is that of the report and of the course exercise it answers, Max Planck HLCV exercise 3.
@@ -1403,8 +1403,9 @@ the 95 % Wilson interval on all 10,000. With several seeds: mean ± standard dev
 report prints no number. "time" is that of all epochs a run is read from; runs that share epochs each count them.
 
 A comparison of two runs *holds* or *does not hold* where the 95 % interval of the paired difference on the same test
-images excludes zero; else it is *within noise*. What is no comparison has a criterion of its own, stated in the
-question's script. A verdict is on the direction of a claim, not on the size of the numbers in it.
+images excludes zero; else it is *within noise*. Claims about validation, the gap between losses, filters or a ranking
+have a criterion of their own, instead or as well, stated in the question's script. A claim of several parts holds where
+all of them do. A verdict is on the direction of a claim, not on the size of the numbers in it.
 
 """
 

@@ -83,9 +83,7 @@ REPORTED = {run.name: run.reported["test"] for run in RUNS if "test" in run.repo
 
 def about_equal(one: str, other: str, results: dict[str, list[dict]], margin: float) -> dict | None:
     """Criterion of "makes no difference": the 95 % interval of the paired difference lies within +-`margin` points."""
-    if one not in results or other not in results:
-        return None
-    found = paired_difference(results[one], results[other])
+    found = paired_difference(results.get(one, []), results.get(other, []))
     if "difference" not in found:
         return None
     low, high = found["ci95"]
@@ -99,18 +97,20 @@ def loss_gap(results: list[dict]) -> float:
     return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
 
 
-def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]], margin: float = 0.1) -> dict | None:
+def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]], margin: float = 0.17) -> dict | None:
     """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way, by
-    more than `margin`: a validation loss, the mean over 1,000 images, is not known better (1.96 standard errors are
-    0.09 for question 1's best weights, 0.12 for its last).
+    more than `margin`. A validation loss is a mean over 1,000 images: 1.96 standard errors are 0.12 for question 1's
+    last weights, and 0.17 for the difference of two, as of independent runs.
     """
-    if not all(n in results for n in [name, *others]):
+    runs = [name, *others]
+    seeds = set.intersection(*({r["seed"] for r in results.get(n, [])} for n in runs))
+    if not seeds:
         return None
-    gaps = {n: abs(loss_gap(results[n])) for n in [name, *others]}
+    gaps = {n: abs(loss_gap([r for r in results[n] if r["seed"] in seeds])) for n in runs}
     lead = min(gaps[n] for n in others) - gaps[name]
     verdict = "within noise" if abs(lead) <= margin else "holds" if lead > 0 else "does not hold"
     evidence = f"loss gap, noise ±{margin:g}: " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
-    return {"verdict": verdict, "evidence": evidence, "seeds": min(len(results[n]) for n in gaps)}
+    return {"verdict": verdict, "evidence": evidence, "seeds": len(seeds)}
 
 
 def two_best(results: dict[str, list[dict]], folder: Path) -> dict | None:
@@ -142,7 +142,7 @@ CLAIMS = [
         "Random crop helps; crop + flip is best of the simple ones "
         "and narrows the gap between training and validation.",
         (("crop", "baseline"), *(("crop_flip", single) for single in SINGLES)),
-        criterion=lambda results, folder: narrowest_gap("crop_flip", ["crop", "flip_p0.5", "baseline"], results),
+        criterion=lambda results, folder: narrowest_gap("crop_flip", ["baseline"], results),
     ),
     Claim(
         7,
@@ -205,9 +205,8 @@ def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading
     figure, (accuracies, gaps) = new_panels(title(next(iter(there.values()))[0], heading), ylabels, xlabel)
     means = [mean_test_accuracy(found) for found in there.values()]
     bounds = np.array([spread(found) for found in there.values()])  # [rates, 2]
-    label = (
-        "ours (95 %)" if all(len(found) == 1 for found in there.values()) else "ours (± standard deviation of seeds)"
-    )
+    several = any(len(found) > 1 for found in there.values())
+    label = "ours (several seeds: ± standard deviation; one: 95 %)" if several else "ours (95 %)"
     accuracies.errorbar(list(there), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label=label)
     reported = {x: REPORTED[name] for x, name in points.items() if name in REPORTED}
     accuracies.plot(list(reported), list(reported.values()), "x", color="gray", label="report, 1,000 images")

@@ -12,7 +12,7 @@ import q3_augment_dropout
 import q4_vgg_transfer
 from common import Claim, correct_images, judge, load_result, paired_difference, score, wilson_interval
 from q1_convnet import filters_become_smooth, smoothness
-from q2_batchnorm_earlystop import better_on_validation, stopping_table
+from q2_batchnorm_earlystop import better_on_validation, patience_pays, stopping_table
 from q3_augment_dropout import about_equal, narrowest_gap, spread
 
 
@@ -180,12 +180,17 @@ def test_criteria_of_question_3():
     assert about_equal("a", "c", results, margin=2.0)["verdict"] == "does not hold"
     assert about_equal("a", "missing", results, margin=2.0) is None
     gaps = {"zero": 0.1, "close": 0.14, "wide": 0.9, "negative": -0.5}
-    histories = {n: [{"history": [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]}] for n, gap in gaps.items()}
+    histories = {
+        n: [{"seed": 0, "history": [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]}] for n, gap in gaps.items()
+    }
     assert narrowest_gap("zero", ["wide", "negative"], histories)["verdict"] == "holds"
     assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
     assert narrowest_gap("zero", ["close", "wide"], histories)["verdict"] == "within noise"
     assert narrowest_gap("close", ["zero", "wide"], histories)["verdict"] == "within noise"
     assert narrowest_gap("zero", ["missing"], histories) is None
+    histories["wide"].append({"seed": 1, "history": [{"train_loss": 1.0, "validation_loss": 1.0}]})
+    assert narrowest_gap("zero", ["wide"], histories)["seeds"] == 1  # the other seed has nothing to compare with
+    assert narrowest_gap("zero", ["wide"], histories)["verdict"] == "holds"
 
 
 def validated(accuracies: list[float], best: int, right: int = 322, **settings) -> dict:
@@ -210,7 +215,21 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
     sample = {"a": [validated([60.0], 1, data="cifar10-sample")], "b": [validated([51.0], 1, data="cifar10-sample")]}
     assert "noise ±9.7" in better_on_validation("a", "b", sample)["evidence"]  # 200 images
     four = {name: [found[0] | {"seed": seed} for seed in range(4)] for name, found in close.items()}
-    assert better_on_validation("a", "b", four)["verdict"] == "holds"  # of 4,000 answers, half the noise
+    assert "noise ±3.3" in better_on_validation("a", "b", four)["evidence"]  # the same 1,000 images four times
+    apart = {
+        name: [validated([value], 1) | {"seed": seed} for seed, value in enumerate(values)]
+        for name, values in (("a", [96.0, 84.0]), ("b", [84.0, 84.0]))
+    }  # +12 and 0: 1.96 * 8.49 / sqrt(2) = 11.8, and 2.9 of the images
+    assert "noise ±12.1" in better_on_validation("a", "b", apart)["evidence"]
+    assert better_on_validation("a", "b", apart)["verdict"] == "within noise"
+
+
+def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then():
+    five, seven = validated([70.0, 80.0, 79.0], 2, patience=5), validated([70.0, 80.0, 79.0, 78.0], 2, patience=7)
+    results = {"batchnorm_patience5": [five], "batchnorm_patience7": [seven]}
+    assert "both restore the same weights" in patience_pays(results)["evidence"]
+    results["batchnorm_patience7"] = [validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)]  # the same epoch, trained anew
+    assert "restore" not in patience_pays(results)["evidence"]
 
 
 def test_the_table_of_stopping_rules():
