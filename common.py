@@ -1266,6 +1266,12 @@ def points(found: dict) -> str:
     return f"{found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}]{seeds}{precisions}"
 
 
+def difference_cell(better: list[dict], worse: list[dict], weights: tuple[str, str] = ("best", "best")) -> str:
+    """A `paired_difference` in a table: "+1.86 [+1.07, +2.67]", or "-" where the runs share no seed."""
+    found = paired_difference(better, worse, weights)
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["difference"], *found["ci95"]) if "difference" in found else "-"
+
+
 def judge(claim: Claim, results: dict[str, list[dict]], folder: Path) -> dict:
     """The verdict on a claim: holds, does not hold, within noise, or not run, and the evidence for it.
 

@@ -31,6 +31,7 @@ from common import (
     Run,
     Settings,
     best_validation,
+    difference_cell,
     duration,
     new_panels,
     overfitting_claim,
@@ -206,11 +207,6 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
         "epochs and time saved",
         "full − rule, best, test [95 %]",
     ]
-
-    def difference(better: dict, worse: dict, weights: tuple[str, str]) -> str:
-        found = paired_difference([better], [worse], weights)
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["difference"], *found["ci95"])
-
     rows = {}
     for name, found in results.items():
         if not (rule := re.fullmatch(rf"({'|'.join(NETWORKS)})_(?:full|patience\d+)", name)):
@@ -230,9 +226,9 @@ def stopping_table(results: dict[str, list[dict]]) -> list[list[str]]:
                 f"{len(history)}" + (" (did not stop)" if patience and not has_stopped(result) else ""),
                 f"{best}",
                 *pairs,
-                difference(result, result, ("best", "last")),
+                difference_cell([result], [result], ("best", "last")),
                 f"{len(rest)}, {duration(sum(h['seconds'] for h in rest))}" if full else "-",
-                difference(full, result, ("best", "best")) if full else "-",
+                difference_cell([full] if full else [], [result]),
             ]
     return [head, *(rows[place] for place in sorted(rows))] if rows else []
 

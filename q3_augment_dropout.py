@@ -30,6 +30,7 @@ from common import (
     RandomCrop,
     Run,
     Settings,
+    difference_cell,
     mean_test_accuracy,
     new_axes,
     new_panels,
@@ -236,8 +237,8 @@ def plot_augmentations(results: dict[str, list[dict]]) -> Figure:
         plot_curve(axes, results[name], "train_loss", "training", color="tab:blue")
         plot_curve(axes, results[name], "validation_loss", "validation", color="tab:orange")
         axes.set_title(f"{name}: test {mean_test_accuracy(results[name]):.1f} %", fontsize=10)
-        axes.set_ylim(bottom=0)
         axes.tick_params(labelbottom=True)
+    grid[0].set_ylim(bottom=0)  # of all: the axes are common
     grid[0].legend()
     for axes in grid[len(names) :]:
         axes.axis("off")
@@ -259,14 +260,17 @@ def plot_dropout(results: dict[str, list[dict]], points: dict[float, str]) -> Fi
 
 
 def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Every run's losses in the last epoch, mean over seeds; "-" where it is not trained."""
-    rows = [["run", "training loss", "validation loss", "gap"]]
+    """Every run's losses in the last epoch, mean over seeds, and its paired difference to the baseline in test accuracy
+    (points); "-" where it is not trained.
+    """
+    rows = [["run", "training loss", "validation loss", "gap", "run − baseline, test [95 %]"]]
     for name in {run.name: run for run in RUNS} | results:
         if not (found := results.get(name)):
-            rows.append([name, "-", "-", "-"])
+            rows.append([name, *"----"])
             continue
         losses = [statistics.mean(r["history"][-1][f"{part}_loss"] for r in found) for part in ("train", "validation")]
-        rows.append([name, *(f"{loss:.3f}" for loss in losses), f"{loss_gap(found):+.3f}"])
+        against = difference_cell(found, results.get("baseline", [])) if name != "baseline" else "-"
+        rows.append([name, *(f"{loss:.3f}" for loss in losses), f"{loss_gap(found):+.3f}", against])
     return rows if results else []
 
 

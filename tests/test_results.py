@@ -224,11 +224,43 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
     assert better_on_validation("a", "b", apart)["verdict"] == "within noise"
 
 
+def with_losses(result: dict, train: list[float], validation: list[float]) -> dict:
+    for entry, train_loss, validation_loss in zip(result["history"], train, validation):
+        entry |= {"train_loss": train_loss, "validation_loss": validation_loss}
+    return result | {"question": "q3"}
+
+
+def test_the_table_of_gaps_compares_every_run_with_the_baseline():
+    results = {
+        "baseline": [with_losses(validated([70.0, 80.0], 2), [1.5, 0.1], [1.4, 0.9])],
+        "crop_flip": [with_losses(validated([70.0, 80.0], 2, right=342), [2.5, 0.5], [1.5, 0.6])],
+    }
+    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
+    assert rows["baseline"] == ["0.100", "0.900", "+0.800", "-"]
+    assert rows["crop_flip"][:3] == ["0.500", "0.600", "+0.100"]
+    assert rows["crop_flip"][3].startswith("+5.00 [+")
+    assert rows["dropout_0.6"] == ["-", "-", "-", "-"]
+    del results["baseline"]
+    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
+    assert rows["baseline"][3] == rows["crop_flip"][3] == "-"  # nothing to compare with
+
+
+def test_small_multiples_show_all_of_every_curve():
+    results = {
+        name: [with_losses(validated([70.0, 80.0], 2), [highest, 0.1], [1.4, 0.9])]
+        for name, highest in (("baseline", 1.5), ("flip_p0.1", 2.0), ("crop_flip", 2.5))
+    }
+    for axes in q3_augment_dropout.figures(results)["augmentations.png"].axes[:3]:
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 2.5
+
+
 def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then():
     five, seven = validated([70.0, 80.0, 79.0], 2, patience=5), validated([70.0, 80.0, 79.0, 78.0], 2, patience=7)
     results = {"batchnorm_patience5": [five], "batchnorm_patience7": [seven]}
     assert "both restore the same weights" in patience_pays(results)["evidence"]
-    results["batchnorm_patience7"] = [validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)]  # the same epoch, trained anew
+    results["batchnorm_patience7"] = [
+        validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)
+    ]  # the same epoch, trained anew
     assert "restore" not in patience_pays(results)["evidence"]
 
 
