@@ -270,7 +270,7 @@ def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
     rows = [["run", "training loss", "validation loss", "gap", "run − baseline, test [95 %]"]]
     for name in {run.name: run for run in RUNS} | results:
         if not (found := results.get(name)):
-            rows.append([name, *"----"])
+            rows.append([name] + ["-"] * 4)
             continue
         losses = [statistics.mean(r["history"][-1][f"{part}_loss"] for r in found) for part in ("train", "validation")]
         against = difference_cell(found, results.get("baseline", [])) if name != "baseline" else "-"

@@ -258,9 +258,8 @@ def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then
     five, seven = validated([70.0, 80.0, 79.0], 2, patience=5), validated([70.0, 80.0, 79.0, 78.0], 2, patience=7)
     results = {"batchnorm_patience5": [five], "batchnorm_patience7": [seven]}
     assert "both restore the same weights" in patience_pays(results)["evidence"]
-    results["batchnorm_patience7"] = [
-        validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)
-    ]  # the same epoch, trained anew
+    other = validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)  # the same epoch of another training
+    results["batchnorm_patience7"] = [other]
     assert "restore" not in patience_pays(results)["evidence"]
 
 
