@@ -27,7 +27,7 @@ import textwrap
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 REPORT_TEST_IMAGES = 1000  # the report's test accuracies are "on the 1000 test images": the first ones
 SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 10
 
@@ -210,9 +211,10 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     images, labels = zip(
         *((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
     )
+    held_out = VALIDATION_IMAGES["cifar10"]
     return {
-        "train": Split(images[0][:49_000], labels[0][:49_000]),
-        "validation": Split(images[0][49_000:], labels[0][49_000:]),
+        "train": Split(images[0][:-held_out], labels[0][:-held_out]),
+        "validation": Split(images[0][-held_out:], labels[0][-held_out:]),
         "test": Split(images[1], labels[1]),
     }
 
@@ -293,11 +295,18 @@ class Grayscale:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """torchvision's RandomApply([GaussianBlur(kernel_size, sigma)], p): sigma uniform between two bounds, in pixels."""
+    """torchvision's RandomApply([GaussianBlur(kernel_size, sigma)], p): sigma uniform between two bounds, in pixels.
+
+    Raises ValueError where kernel_size is even, as torchvision does.
+    """
 
     kernel_size: int = 3
     sigma: tuple[float, float] = (0.1, 2.0)
     p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         return torch.rand(n, generator=rng) < self.p, torch.empty(n).uniform_(*self.sigma, generator=rng)
@@ -1553,15 +1562,23 @@ def list_runs(runs: Sequence[Run], others: Sequence[Run], args: argparse.Namespa
         print("in all:", " and ".join(parts), "left")
 
 
-def set_aside(path: Path) -> None:
-    """Rename a checkpoint to the first free of .old1, .old2, ..."""
-    number = 1
-    while (old := path.with_suffix(f".old{number}")).exists():
-        number += 1
-    try:
-        os.replace(path, old)
-    except OSError as error:
-        raise UserError(f"cannot rename {path} to {old}: {error.strerror}") from error
+def set_aside(paths: Collection[Path]) -> None:
+    """--fresh: rename the checkpoints among these paths to the first free of .old1, .old2, ...
+
+    Raises UserError, and renames none, where another process trains one of them.
+    """
+    with ExitStack() as stack:
+        for path in paths:
+            if not stack.enter_context(file_lock(path.with_suffix(".lock"), wait=False)):
+                raise UserError(f"--fresh: another process is training {path}; wait until it has ended")
+        for path in filter(Path.exists, paths):
+            number = 1
+            while (old := path.with_suffix(f".old{number}")).exists():
+                number += 1
+            try:
+                os.replace(path, old)
+            except OSError as error:
+                raise UserError(f"cannot rename {path} to {old}: {error.strerror}") from error
 
 
 def train_runs(
@@ -1570,6 +1587,7 @@ def train_runs(
     """Train what is missing of every run and seed; write its result, figures and gallery as soon as it is there."""
     keep_large_blocks()
     on_first(lambda: require_writable(args.checkpoint_dir))
+    on_first(lambda: [load_results(path) for path in folder.glob("*/")])  # a damaged one is an error now, not in hours
     data = on_all(lambda: load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))
     data = {part: split.to(device) for part, split in data.items()}
     queue = [
@@ -1577,7 +1595,9 @@ def train_runs(
         for run in runs
         for seed in range(args.seeds)
     ]
-    shown, renewed, busy = set(), set(), 0
+    if args.fresh:
+        on_first(lambda: set_aside({args.checkpoint_dir / f"{run.settings.key()}.pt" for run in queue}))
+    shown, busy = set(), 0
     while queue:
         run = queue.pop(0)
         path = args.checkpoint_dir / f"{run.settings.key()}.pt"
@@ -1590,9 +1610,6 @@ def train_runs(
                 continue
             busy = 0
             on_first(lambda: remove_leftovers(path))
-            if args.fresh and path not in renewed:
-                on_first(lambda: set_aside(path) if path.exists() else None)
-            renewed.add(path)
             network = describe(run.network())
             if network not in shown and rank() == 0:
                 print(network)
@@ -1625,14 +1642,15 @@ def write_question(
 ) -> tuple[list, list]:
     """Figures, claims.json and the gallery's section, from the question's results alone; returns tables and verdicts.
 
-    drawn: the runs whose own figures are drawn again; None draws all.
+    drawn: the runs whose own figures are drawn again, besides those that have none yet; None draws all.
     """
     with file_lock(folder.parent / ".gallery.lock"):
         reported = {run.name: run.reported for run in question.runs}
         others = sorted(p.name for p in folder.glob("*/") if p.name not in reported)
         results = {name: found for name in [*reported, *others] if (found := load_results(folder / name))}
-        for name in results if drawn is None else drawn:
-            plot_run(results[name], folder / name)
+        for name, found in results.items():
+            if drawn is None or name in drawn or not all((folder / name / f"{f}.png").exists() for f in RUN_FIGURES):
+                plot_run(found, folder / name)
         beside = {
             run: found for run, other in question.beside.items() if (found := load_results(folder.parent / other / run))
         }

@@ -26,6 +26,7 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from common import (
+    VALIDATION_IMAGES,
     Claim,
     Question,
     Run,
@@ -43,7 +44,6 @@ from common import (
     title,
 )
 
-VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 PANELS = ("cross entropy", "validation accuracy (%)")
 NETWORKS = {"convnet": Settings(epochs=50), "batchnorm": Settings(epochs=50, batch_norm=True)}
 COLORS = {"convnet": "tab:blue", "batchnorm": "tab:orange"}

@@ -4,7 +4,7 @@
     python q3_augment_dropout.py --only crop_flip            # one of them
     python q3_augment_dropout.py --sample                    # the bundled images
     python q3_augment_dropout.py --preview                   # look at what every augmentation does, train nothing
-    python q3_augment_dropout.py --dropout 0.7 0.9           # further dropout rates
+    python q3_augment_dropout.py --dropout 0.9 --only dropout_0.9   # a further dropout rate, alone
 
 The report: crop + flip (84.6 %) and the full mixture (83.0 %) are the best augmentations; dropout helps a little at
 0.1 (83.5 %) and ruins the network at 0.6 (51.6 %). The baseline is question 1's network at 30 epochs: the same
@@ -16,6 +16,7 @@ and training loss differ by 0.03 with crop + flip and 0.26 with dropout 0.1, ins
 """
 
 import argparse
+import math
 import re
 import statistics
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import (
+    VALIDATION_IMAGES,
     Claim,
     ColorJitter,
     GaussianBlur,
@@ -35,6 +37,7 @@ from common import (
     Run,
     Settings,
     difference_cell,
+    mean_and_deviation,
     mean_test_accuracy,
     new_axes,
     new_panels,
@@ -102,19 +105,26 @@ def loss_gap(results: list[dict]) -> float:
     return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
 
 
-def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]], margin: float = 0.17) -> dict | None:
+def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) -> dict | None:
     """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way, by
-    more than `margin`. A validation loss is a mean over 1,000 images: 1.96 standard errors are 0.12 for question 1's
-    last weights, and 0.17 for the difference of two, as of independent runs.
+    more than the noise. A validation loss is a mean over 1,000 images: 1.96 standard errors are 0.12 for question 1's
+    last weights, and 0.17 for the difference of two, as of independent runs. All seeds see the same images: the noise
+    between seeds is added to it.
     """
     runs = [name, *others]
     seeds = set.intersection(*({r["seed"] for r in results.get(n, [])} for n in runs))
     if not seeds:
         return None
     gaps = {n: abs(loss_gap([r for r in results[n] if r["seed"] in seeds])) for n in runs}
-    lead = min(gaps[n] for n in others) - gaps[name]
-    verdict = "within noise" if abs(lead) <= margin else "holds" if lead > 0 else "does not hold"
-    evidence = f"loss gap, noise ±{margin:g}: " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
+    rival = min(others, key=gaps.get)
+    lead = gaps[rival] - gaps[name]
+    noise = 0.17 * math.sqrt(1000 / VALIDATION_IMAGES[results[name][0]["settings"]["data"]])
+    if len(seeds) > 1:
+        by_seed = [{r["seed"]: abs(loss_gap([r])) for r in results[n]} for n in (rival, name)]
+        leads = [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
+        noise = math.hypot(noise, 1.96 * statistics.stdev(leads) / math.sqrt(len(seeds)))
+    verdict = "within noise" if abs(lead) <= noise else "holds" if lead > 0 else "does not hold"
+    evidence = f"loss gap, noise ±{noise:.2f}: " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
     return {"verdict": verdict, "evidence": evidence, "seeds": len(seeds)}
 
 
@@ -263,18 +273,25 @@ def plot_dropout(results: dict[str, list[dict]], points: dict[float, str]) -> Fi
     return figure
 
 
+def budget(result: dict) -> tuple[int, str]:
+    """What two runs must share to be compared."""
+    return len(result["history"]), result["settings"]["precision"]
+
+
 def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Every run's losses in the last epoch, mean over seeds, and its paired difference to the baseline in test accuracy
-    (points); "-" where it is not trained.
+    """Every run's losses in the last epoch and its paired difference in test accuracy (points) to the baseline of as
+    many epochs in the same precision; "-" where one of them is not trained.
     """
     rows = [["run", "training loss", "validation loss", "gap", "run − baseline, test [95 %]"]]
     for name in {run.name: run for run in RUNS} | results:
         if not (found := results.get(name)):
             rows.append([name] + ["-"] * 4)
             continue
-        losses = [statistics.mean(r["history"][-1][f"{part}_loss"] for r in found) for part in ("train", "validation")]
-        against = difference_cell(found, results.get("baseline", [])) if name != "baseline" else "-"
-        rows.append([name, *(f"{loss:.3f}" for loss in losses), f"{loss_gap(found):+.3f}", against])
+        last = [r["history"][-1] for r in found]
+        losses = [mean_and_deviation([h[f"{part}_loss"] for h in last], 3) for part in ("train", "validation")]
+        alike = [r for r in results.get("baseline", []) if budget(r) == budget(found[0])]
+        against = difference_cell(found, alike) if name != "baseline" else "-"
+        rows.append([name, *losses, f"{loss_gap(found):+.3f}", against])
     return rows if results else []
 
 

@@ -1,5 +1,6 @@
 """The batch-wise augmentations against torchvision: the same images for the same parameters, the same distributions."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import q3_augment_dropout
 from common import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
 
 AUGMENTATIONS = [
@@ -285,6 +287,28 @@ def test_blur_sigma_is_uniform(sigma):
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        HorizontalFlip(p=0.3),
+        RandomCrop(padding=3),
+        Grayscale(p=0.3),
+        GaussianBlur(kernel_size=5, sigma=(0.2, 1.5), p=0.3),
+        ColorJitter(brightness=0.1, contrast=0.2, saturation=0.3, hue=0.4, p=0.6),
+    ],
+    ids=lambda augmentation: type(augmentation).__name__,
+)
 def test_repr_holds_every_setting(augmentation):
+    """Every setting differs from its default: a repr that leaves one out gives another augmentation back."""
+    assert all(getattr(augmentation, f.name) != f.default for f in dataclasses.fields(augmentation))
     assert eval(repr(augmentation)) == augmentation
+
+
+def test_every_run_of_question_3_is_a_trajectory_of_its_own():
+    runs = q3_augment_dropout.QUESTION.runs
+    assert len({run.settings.key() for run in runs}) == len(runs) == 19
+
+
+def test_an_even_blur_is_refused():
+    with pytest.raises(ValueError, match="odd"):
+        GaussianBlur(kernel_size=4)

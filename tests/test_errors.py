@@ -217,9 +217,18 @@ def test_fresh_starts_over_and_keeps_the_old_checkpoint(checkpoint, tmp_path, ca
     assert checkpoint.with_suffix(".old1").read_bytes() == b"damaged"
     assert len(torch.load(checkpoint, weights_only=True)["history"]) == 1
     one_epoch = checkpoint.read_bytes()
-    set_aside(checkpoint)  # a second --fresh does not overwrite what the first kept
+    set_aside([checkpoint])  # a second --fresh does not overwrite what the first kept
     assert checkpoint.with_suffix(".old1").read_bytes() == b"damaged"
     assert checkpoint.with_suffix(".old2").read_bytes() == one_epoch
+
+
+def test_fresh_leaves_what_another_process_trains(checkpoint):
+    other = checkpoint.with_name("other.pt")
+    other.write_bytes(b"")
+    with common.file_lock(checkpoint.with_suffix(".lock")):
+        with pytest.raises(UserError, match=f"--fresh: another process is training {checkpoint}"):
+            set_aside([other, checkpoint])
+    assert checkpoint.exists() and other.exists()
 
 
 def test_checkpoint_of_other_settings(checkpoint):
@@ -259,3 +268,15 @@ def test_results_damaged_by_hand(finished, tmp_path, capsys, damage):
     err = capsys.readouterr().err
     assert end.value.code == 2 and len(err.splitlines()) == 1 and f"{file} is damaged" in err
     assert file.read_text() == content
+
+
+def test_a_damaged_result_is_found_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
+    file = tmp_path / "sample/q1/of_another_day/seed0.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("<<<<<<< HEAD")
+    with pytest.raises(SystemExit):
+        common.run_question(
+            q1_convnet.QUESTION, ["--sample", f"--output-dir={tmp_path}", f"--checkpoint-dir={tmp_path}"]
+        )
+    assert f"{file} is damaged" in capsys.readouterr().err

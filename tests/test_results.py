@@ -10,7 +10,7 @@ import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
-from common import Claim, correct_images, judge, load_result, paired_difference, score, wilson_interval
+from common import Claim, Grayscale, correct_images, judge, load_result, paired_difference, score, wilson_interval
 from q1_convnet import filters_become_smooth, smoothness
 from q2_batchnorm_earlystop import better_on_validation, patience_pays, stopping_table
 from q3_augment_dropout import about_equal, narrowest_gap, spread
@@ -180,17 +180,43 @@ def test_criteria_of_question_3():
     assert about_equal("a", "c", results, margin=2.0)["verdict"] == "does not hold"
     assert about_equal("a", "missing", results, margin=2.0) is None
     gaps = {"zero": 0.1, "close": 0.14, "wide": 0.9, "negative": -0.5}
-    histories = {
-        n: [{"seed": 0, "history": [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]}] for n, gap in gaps.items()
-    }
+
+    def with_gap(gap: float, seed: int = 0, data: str = "cifar10") -> dict:
+        history = [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]
+        return {"seed": seed, "history": history, "settings": {"data": data}}
+
+    histories = {n: [with_gap(gap)] for n, gap in gaps.items()}
     assert narrowest_gap("zero", ["wide", "negative"], histories)["verdict"] == "holds"
     assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
     assert narrowest_gap("zero", ["close", "wide"], histories)["verdict"] == "within noise"
     assert narrowest_gap("close", ["zero", "wide"], histories)["verdict"] == "within noise"
     assert narrowest_gap("zero", ["missing"], histories) is None
-    histories["wide"].append({"seed": 1, "history": [{"train_loss": 1.0, "validation_loss": 1.0}]})
+    histories["wide"].append(with_gap(0.0, seed=1))
     assert narrowest_gap("zero", ["wide"], histories)["seeds"] == 1  # the other seed has nothing to compare with
     assert narrowest_gap("zero", ["wide"], histories)["verdict"] == "holds"
+    sample = {"zero": [with_gap(0.1, data="cifar10-sample")], "wide": [with_gap(0.45, data="cifar10-sample")]}
+    assert narrowest_gap("zero", ["wide"], sample)["verdict"] == "within noise"  # 200 images: 0.17 times sqrt(5)
+    seeds = {
+        "zero": [with_gap(gap, seed) for seed, gap in enumerate([0.0, 0.5])],
+        "wide": [with_gap(0.6, seed) for seed in range(2)],
+    }
+    assert narrowest_gap("zero", ["wide"], seeds)["verdict"] == "within noise"  # leads of 0.6 and 0.1
+
+
+def test_the_two_best_augmentations_must_beat_the_third_beyond_noise(tmp_path):
+    accuracy = dict.fromkeys(q3_augment_dropout.AUGMENTATIONS, 0.7) | {"crop_flip": 0.85, "crop": 0.8}
+
+    def found(mixture: float) -> dict:
+        values = accuracy | {"crop_flip_gray_blur_jitter": mixture}
+        results = {n: as_results(draw(value, 1, seed)) for seed, (n, value) in enumerate(values.items())}
+        return q3_augment_dropout.two_best(results, tmp_path)
+
+    assert found(0.83)["verdict"] == "holds" and "crop_flip_gray_blur_jitter − crop:" in found(0.83)["evidence"]
+    assert found(0.8)["verdict"] == "within noise"
+    assert found(0.75)["verdict"] == "does not hold"
+    assert "crop_flip − crop:" in found(0.9)["evidence"]  # the lesser of the two decides
+    del accuracy["grayscale"]
+    assert found(0.83) is None
 
 
 def validated(accuracies: list[float], best: int, right: int = 322, **settings) -> dict:
@@ -240,6 +266,11 @@ def test_the_table_of_gaps_compares_every_run_with_the_baseline():
     assert rows["crop_flip"][:3] == ["0.500", "0.600", "+0.100"]
     assert rows["crop_flip"][3].startswith("+5.00 [+")
     assert rows["dropout_0.6"] == ["-", "-", "-", "-"]
+    fewer = {"crop_flip_1epochs": [with_losses(validated([70.0], 1), [2.5], [1.5])]}
+    other = {"crop_flip_bf16": [with_losses(validated([70.0, 80.0], 2, precision="bf16"), [2.5, 0.5], [1.5, 0.6])]}
+    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results | fewer | other)}
+    assert rows["crop_flip_1epochs"] == ["2.500", "1.500", "-1.000", "-"]  # not of the baseline's training length
+    assert rows["crop_flip_bf16"][3] == "-"
     del results["baseline"]
     rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
     assert rows["baseline"][3] == rows["crop_flip"][3] == "-"  # nothing to compare with
@@ -464,6 +495,12 @@ def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
     paths = [tmp_path / "sample/q3" / name / "preview.png" for name in ("crop_flip", "grayscale")]
     assert capsys.readouterr().out.split() == list(map(str, paths))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    images = common.load_sample()["train"].images[:2]
+    shown = np.stack([axes.images[0].get_array() for axes in common.preview((Grayscale(p=0.5),), images, "").axes])
+    shown = shown.reshape(2, 9, 32, 32, 3)  # every row the original and eight draws
+    np.testing.assert_allclose(shown[:, 0], images.permute(0, 2, 3, 1) / 255)
+    grey = (np.ptp(shown, axis=-1) == 0).all((2, 3))
+    assert not grey[:, 0].any() and grey[:, 1:].any() and not grey[:, 1:].all()
     with pytest.raises(SystemExit):
         common.run_question(q3_augment_dropout.QUESTION, [*options, "--only", "dropout_0.1"])
     assert "none of these runs has an augmentation" in capsys.readouterr().err

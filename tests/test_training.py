@@ -251,6 +251,26 @@ def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, m
     assert "seed 0 is being trained by another process; coming back to it" in capsys.readouterr().err
 
 
+def test_where_nothing_else_is_left_it_waits_for_another_process(small, tmp_path, monkeypatch):
+    """The lock of the only run is taken until somebody waits for it."""
+    path = tmp_path / f"{Settings(data='cifar10-sample', precision='fp32').key()}.lock"
+    taken, waits, real = ExitStack(), [], common.file_lock
+    assert taken.enter_context(real(path))
+
+    def lock(asked, wait=True):
+        if asked == path:
+            waits.append(wait)
+            if wait:
+                taken.close()
+        return real(asked, wait)
+
+    monkeypatch.setattr(common, "file_lock", lock)
+    monkeypatch.setattr(common, "load_sample", lambda: small)
+    options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", f"--checkpoint-dir={tmp_path}"]
+    common.run_question(q1_convnet.QUESTION, [*options, f"--output-dir={tmp_path}"])
+    assert waits == [False, True]
+
+
 def test_killed_runs_go_on_to_the_same_end(finished, tmp_path):
     """SIGTERM in the middle of the second epoch, SIGKILL in the third: the third process ends where one run does."""
     options = (
