@@ -10,8 +10,8 @@ The report: crop + flip (84.6 %) and the full mixture (83.0 %) are the best augm
 0.1 (83.5 %) and ruins the network at 0.6 (51.6 %). The baseline is question 1's network at 30 epochs: the same
 trajectory, continued.
 
-Here, one seed: on all 10,000 test images crop + flip lifts accuracy from the baseline's 78.7 to 82.9 %, flips alone (p
-= 0.5) to 81.7 % (p = 0.1: 80.3 %), dropout 0.1 to 82.8 %. On the first 1,000 they reach 83.6, 81.9 and 82.8 %, on
+Here, one seed: on all 10,000 test images crop + flip lifts accuracy from the baseline's 78.7 to 82.9 %, flips alone
+(p = 0.5) to 81.7 % (p = 0.1: 80.3 %), dropout 0.1 to 82.8 %. On the first 1,000 they reach 83.6, 81.9 and 82.8 %, on
 validation 84.8, 84.1 and 85.2 %. After 30 epochs validation loss and training loss differ by 0.03, 0.39 and 0.26,
 instead of 0.79.
 """
