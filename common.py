@@ -1275,6 +1275,16 @@ def points(found: dict) -> str:
     return f"{found['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}]{seeds}{precisions}"
 
 
+def with_seed_noise(noise: float, differences: Sequence[float]) -> float:
+    """Half the width (95 %) of a difference of two runs, from the difference for every seed and the noise of the images.
+
+    All seeds share the images: more seeds make the noise between them smaller, not that of the images.
+    """
+    if len(differences) == 1:
+        return noise
+    return math.hypot(noise, 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)))
+
+
 def difference_cell(better: list[dict], worse: list[dict], weights: tuple[str, str] = ("best", "best")) -> str:
     """A `paired_difference` in a table: "+1.86 [+1.07, +2.67]", or "-" where the runs share no seed."""
     found = paired_difference(better, worse, weights)

@@ -42,6 +42,7 @@ from common import (
     positive,
     run_question,
     title,
+    with_seed_noise,
 )
 
 PANELS = ("cross entropy", "validation accuracy (%)")
@@ -70,8 +71,7 @@ RUNS = [
 
 def better_on_validation(better: str, worse: str, results: dict[str, list[dict]]) -> dict | None:
     """Criterion of claims 3 and 4 on validation: the best validation accuracy is higher, by more than the noise (95 %) of
-    two accuracies on so many images, as if the runs were independent, and of several seeds. All seeds see the same
-    images: more seeds make the second smaller, not the first.
+    two accuracies on so many images, as if the runs were independent, and of several seeds (`with_seed_noise`).
 
     The 1,000 images also chose the weights; of two patiences on one trajectory the longer can only be equal or better.
     Whether it is better on other images too, the test images say.
@@ -83,9 +83,7 @@ def better_on_validation(better: str, worse: str, results: dict[str, list[dict]]
     a, b = (statistics.mean(values[seed] for seed in seeds) for values in by_seed)
     images = VALIDATION_IMAGES[results[better][0]["settings"]["data"]]
     noise = 1.96 * math.sqrt((a * (100 - a) + b * (100 - b)) / images)
-    if len(seeds) > 1:
-        differences = [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
-        noise = math.hypot(noise, 1.96 * statistics.stdev(differences) / math.sqrt(len(seeds)))
+    noise = with_seed_noise(noise, [by_seed[0][seed] - by_seed[1][seed] for seed in seeds])
     return {
         "verdict": "within noise" if abs(a - b) <= noise else "holds" if a > b else "does not hold",
         "evidence": f"validation {a:.1f} against {b:.1f} %, noise ±{noise:.1f} (as of independent runs)",

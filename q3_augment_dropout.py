@@ -48,6 +48,7 @@ from common import (
     run_question,
     style_axes,
     title,
+    with_seed_noise,
 )
 
 CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.2)
@@ -109,8 +110,7 @@ def loss_gap(results: list[dict]) -> float:
 def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) -> dict | None:
     """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way, by
     more than the noise. A validation loss is a mean over 1,000 images: 1.96 standard errors are 0.12 for question 1's
-    last weights, and 0.17 for the difference of two, as of independent runs. All seeds see the same images: the noise
-    between seeds is added to it.
+    last weights, and 0.17 for the difference of two, as of independent runs; of several seeds: `with_seed_noise`.
     """
     runs = [name, *others]
     seeds = set.intersection(*({r["seed"] for r in results.get(n, [])} for n in runs))
@@ -119,11 +119,9 @@ def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) 
     gaps = {n: abs(loss_gap([r for r in results[n] if r["seed"] in seeds])) for n in runs}
     rival = min(others, key=gaps.get)
     lead = gaps[rival] - gaps[name]
+    by_seed = [{r["seed"]: abs(loss_gap([r])) for r in results[n]} for n in (rival, name)]
     noise = 0.17 * math.sqrt(1000 / VALIDATION_IMAGES[results[name][0]["settings"]["data"]])
-    if len(seeds) > 1:
-        by_seed = [{r["seed"]: abs(loss_gap([r])) for r in results[n]} for n in (rival, name)]
-        leads = [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
-        noise = math.hypot(noise, 1.96 * statistics.stdev(leads) / math.sqrt(len(seeds)))
+    noise = with_seed_noise(noise, [by_seed[0][seed] - by_seed[1][seed] for seed in seeds])
     verdict = "within noise" if abs(lead) <= noise else "holds" if lead > 0 else "does not hold"
     evidence = f"loss gap, noise ±{noise:.2f}: " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
     return {"verdict": verdict, "evidence": evidence, "seeds": len(seeds)}
@@ -202,7 +200,7 @@ def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
 
 
 def spread(results: list[dict]) -> tuple[float, float]:
-    """The interval drawn around a run's test accuracy: Wilson's of one seed, a standard deviation each way of several."""
+    """The interval drawn around a test accuracy: Wilson's of one seed, a standard deviation each way of several."""
     if len(results) == 1:
         return tuple(results[0]["test"]["best"]["all_10000"]["ci95"])
     mean, deviation = (
