@@ -76,16 +76,16 @@ LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: not
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
 WARM_UP_STEPS = 3
 EVALUATED = 11 / 49  # validation and test images for every training image
-PIL_CROP_FLIP = [T.RandomCrop(32, CROP.padding), T.RandomHorizontalFlip(FLIP.p)]
+PIL_CROP_FLIP = [T.RandomCrop(32, CROP.padding, padding_mode="reflect"), T.RandomHorizontalFlip(FLIP.p)]
 PIL_MIXTURE = [
     *PIL_CROP_FLIP,
+    T.RandomApply([T.ColorJitter(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)], JITTER.p),
     T.RandomGrayscale(GRAY.p),
     T.RandomApply([T.GaussianBlur(BLUR.kernel_size, BLUR.sigma)], BLUR.p),
-    T.RandomApply([T.ColorJitter(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)], JITTER.p),
 ]
 AUGMENTATIONS = [  # name, ours, torchvision's
     ("crop + flip", (CROP, FLIP), PIL_CROP_FLIP),
-    ("crop, flip, gray, blur, jitter", (CROP, FLIP, GRAY, BLUR, JITTER), PIL_MIXTURE),
+    ("crop, flip, jitter, gray, blur", (CROP, FLIP, JITTER, GRAY, BLUR), PIL_MIXTURE),
 ]
 
 
@@ -178,7 +178,7 @@ def plain_frozen_loop(settings: Settings, device: torch.device, data_dir: str | 
     """The frozen backbone in every step. Returns train(steps), one epoch of so many, evaluation included."""
     batches = plain_loader(settings, data_dir, [T.RandomHorizontalFlip()])
     torch.manual_seed(stream_seed(settings.seed, 0, "init"))
-    model = VGG11(freeze=True).to(device)
+    model = VGG11("frozen").to(device)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
 
     def train(steps: int) -> int:
@@ -393,7 +393,7 @@ def run(args: argparse.Namespace) -> None:
         f"rounds x steps {args.rounds} x {args.steps}, batches of {settings.batch_size}, {data}"
     )
     batch_norm = dataclasses.replace(settings, batch_norm=True)
-    frozen = dataclasses.replace(VGG, freeze=True, data=settings.data, precision=settings.precision)
+    frozen = dataclasses.replace(VGG, backbone="frozen", data=settings.data, precision=settings.precision)
     loops = [
         ("ConvNet", plain_loop, our_loop, settings),
         ("ConvNet, batch norm", plain_loop, our_loop, batch_norm),

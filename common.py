@@ -44,11 +44,13 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from machine import Conv2d, Dropout, product_rule
+
 ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 REPORT_TEST_IMAGES = 1000  # the report's test accuracies are "on the 1000 test images": the first ones
-SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 10
+SAMPLE_DIR, SAMPLE_EPOCHS, SAMPLE_BATCH_SIZE = ROOT / "sample", 10, 50  # small batches: more steps in the same time
 
 
 class UserError(Exception):
@@ -65,13 +67,16 @@ class Settings:
     All fields but `epochs` and `patience` shape the weights: together they name a trajectory (see `key`). How far a
     trajectory is followed, and which rule stops it, is only a way of reading it. Fields with `help` are options of
     the command line.
+
+    A field's default never changes: a trajectory is named by what differs from the defaults.
     """
 
-    network: str = "ConvNet"
+    network: str = "ConvNet"  # the name of its class
     batch_norm: bool = False
     dropout: float = 0.0
+    dropout_after_pool: bool = False  # the report's code drops units before the pooling
     weights: str = "none"  # what the network starts from: "none" is a random initialisation
-    freeze: bool = False  # True: only the new head is trained
+    backbone: str = "trained"  # or "frozen" (evaluation mode), or "frozen, training mode": batch norm as in training
     augment: tuple = ()  # batch-wise augmentations, applied in this order
     data: str = "cifar10"  # or "cifar10-sample", the excerpt in sample/
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -85,7 +90,7 @@ class Settings:
     epochs: int = field(
         default=20, metadata={"help": "instead of the report's number; such runs are named by it, and not compared"}
     )
-    patience: int | None = None  # stop after this many epochs without a better validation accuracy
+    patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
     def as_dict(self) -> dict:
         """The settings as JSON can hold them; an augmentation is its repr."""
@@ -96,8 +101,12 @@ class Settings:
         }
 
     def trajectory(self) -> dict:
-        """The settings that shape the weights."""
-        return {k: v for k, v in self.as_dict().items() if k not in ("epochs", "patience")}
+        """The settings that shape the weights, without those at their default: a new field renames no checkpoint."""
+        return {
+            f.name: self.as_dict()[f.name]
+            for f in dataclasses.fields(self)
+            if f.name not in ("epochs", "patience") and getattr(self, f.name) != f.default
+        }
 
     def key(self) -> str:
         """Name of the trajectory's checkpoint, the same in every process and question."""
@@ -115,7 +124,7 @@ class Run:
 
     def network(self) -> nn.Module:
         """The network with fresh weights, from PyTorch's global generator."""
-        return ConvNet(self.settings.batch_norm, self.settings.dropout)
+        return ConvNet(self.settings.batch_norm, self.settings.dropout, self.settings.dropout_after_pool)
 
     def provenance(self) -> dict:
         """What else its result tells of where the numbers come from."""
@@ -128,7 +137,7 @@ class Run:
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
     """A 64-bit seed for one purpose in one epoch: all randomness is a function of (seed, epoch); none is ever saved."""
-    streams = ("init", "order", "augment", "dropout")
+    streams = ("init", "order", "augment", "dropout", "validation")
     return int(np.random.SeedSequence([seed, epoch, streams.index(stream)]).generate_state(1, np.uint64)[0])
 
 
@@ -266,7 +275,9 @@ class HorizontalFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """torchvision's RandomCrop(size, padding) to the images' own size: zeros around them, then a window anywhere."""
+    """torchvision's RandomCrop(size, padding, padding_mode="reflect") to the images' own size: the images are mirrored
+    at their edges, then a window anywhere.
+    """
 
     padding: int = 4
 
@@ -276,7 +287,8 @@ class RandomCrop:
 
     def apply(self, images: Tensor, top: Tensor, left: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        crops = F.pad(images, [self.padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # [B, 3, top, left, H, W]
+        padded = F.pad(images, [self.padding] * 4, mode="reflect")
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, 3, top, left, H, W]
         return crops[torch.arange(len(images), device=images.device), :, top, left]
 
 
@@ -297,12 +309,13 @@ class Grayscale:
 class GaussianBlur:
     """torchvision's RandomApply([GaussianBlur(kernel_size, sigma)], p): sigma uniform between two bounds, in pixels.
 
-    Raises ValueError where kernel_size is even, as torchvision does.
+    13 pixels hold a Gaussian of sigma 2 up to three sigma each way. Raises ValueError where kernel_size is even, as
+    torchvision does.
     """
 
-    kernel_size: int = 3
+    kernel_size: int = 13
     sigma: tuple[float, float] = (0.1, 2.0)
-    p: float = 0.5
+    p: float = 0.2
 
     def __post_init__(self) -> None:
         if self.kernel_size % 2 == 0:
@@ -392,20 +405,23 @@ class ColorJitter:
 class ConvNet(nn.Module):
     """The report's network, its Figure 10.
 
-    Five blocks of Conv2d 3x3, [BatchNorm2d], MaxPool2d, ReLU, [Dropout], then Linear: [B, 3, 32, 32] -> logits [B, 10].
-    7,678,474 parameters, 7,682,826 with batch norm.
+    Five blocks of Conv2d 3x3, [Dropout], [BatchNorm2d], MaxPool2d, ReLU, then Linear: [B, 3, 32, 32] -> logits [B, 10].
+    7,678,474 parameters, 7,682,826 with batch norm. Dropout stands before the pooling, where the report's code has it;
+    `dropout_after_pool` puts it at its usual place, after the ReLU.
     """
 
-    def __init__(self, batch_norm: bool = False, dropout: float = 0.0):
+    def __init__(self, batch_norm: bool = False, dropout: float = 0.0, dropout_after_pool: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
         for c_in, c_out in ((3, 128), (128, 512), (512, 512), (512, 512), (512, 512)):
-            layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
+            layers.append(Conv2d(c_in, c_out, kernel_size=3, padding=1))
+            if dropout and not dropout_after_pool:
+                layers.append(Dropout(dropout))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(c_out))
             layers += [nn.MaxPool2d(2), nn.ReLU()]
-            if dropout:
-                layers.append(nn.Dropout(dropout))
+            if dropout and dropout_after_pool:
+                layers.append(Dropout(dropout))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512, 10)
         init_linear(self)
@@ -542,15 +558,17 @@ def autocast(settings: Settings, device: torch.device) -> torch.autocast:
 def stopping_epoch(accuracies: Sequence[float], epochs: int, patience: int | None = None) -> int | None:
     """The epoch (from 1) after which training ends; None while it goes on.
 
-    It ends after `epochs`, or after `patience` epochs in a row without a validation accuracy above the best so far
-    (a tie is no improvement).
+    It ends after `epochs`, or when `patience` epochs since the best one had a validation accuracy below it. As in the
+    report's code, an epoch that equals the best neither counts nor starts the count again.
     """
-    best, best_epoch = -math.inf, 0
+    best, below = -math.inf, 0
     for epoch, accuracy in enumerate(accuracies[:epochs], 1):
         if accuracy > best:
-            best, best_epoch = accuracy, epoch
-        elif patience is not None and epoch - best_epoch >= patience:
-            return epoch
+            best, below = accuracy, 0
+        elif accuracy < best:
+            below += 1
+            if below == patience:
+                return epoch
     return epochs if len(accuracies) >= epochs else None
 
 
@@ -561,8 +579,9 @@ def best_epoch(accuracies: Sequence[float]) -> int:
 
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
-) -> float:
-    """One pass over `split`; returns the mean of the training loss as it was met on the way.
+) -> tuple[float, Tensor]:
+    """One pass over `split`; returns the mean of the training loss as it was met on the way, and that of every step's
+    batch, float32 [steps] on the CPU.
 
     Raises UserError when the loss is not finite.
     """
@@ -571,7 +590,7 @@ def train_epoch(
     order = torch.randperm(len(split), generator=generator(settings.seed, epoch, "order"))
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
-    total, seen = torch.zeros((), device=device), 0
+    total, seen, step_losses = torch.zeros((), device=device), 0, []
     for step, index in enumerate(order.split(settings.batch_size), 1):
         images, labels = split.batch(index, settings, rng, my_part(len(index)))
         with autocast(settings, device):
@@ -580,6 +599,7 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
         optimizer.step()
+        step_losses.append(loss.detach())
         total += loss.detach() * len(index)
         seen += len(index)
         progress.update(len(index))
@@ -587,7 +607,7 @@ def train_epoch(
             mean = sum_over_ranks(total.clone()).item() / seen
             require_finite(mean, "training", epoch)
             progress.set_postfix_str(f"train {mean:.3f}", refresh=False)
-    return mean
+    return mean, sum_over_ranks(torch.stack(step_losses)).cpu()
 
 
 def require_finite(loss: float, name: str, epoch: int) -> None:
@@ -599,15 +619,20 @@ def require_finite(loss: float, name: str, epoch: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, settings: Settings) -> tuple[float, Tensor]:
-    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was."""
+def evaluate(
+    model: nn.Module, split: Split, settings: Settings, rng: torch.Generator | None = None
+) -> tuple[float, Tensor]:
+    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was.
+
+    rng: draws augmentations, as in `Split.batch`; None leaves the images as they are.
+    """
     was_training = model.training
     model.eval()
     device = split.labels.device
     total, predictions = torch.zeros((), device=device), torch.zeros(len(split), dtype=torch.uint8, device=device)
     for index in torch.arange(len(split)).split(settings.batch_size):
         part = my_part(len(index))
-        images, labels = split.batch(index, settings, part=part)
+        images, labels = split.batch(index, settings, rng, part)
         with autocast(settings, device):
             logits = model(images)
         total += F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -616,15 +641,33 @@ def evaluate(model: nn.Module, split: Split, settings: Settings) -> tuple[float,
     return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
+def evaluate_augmented(model: nn.Module, validation: Split, settings: Settings, epoch: int) -> dict:
+    """Loss and accuracy on the augmented validation images, as the report measures them. No weights are chosen by them.
+
+    Drawn anew in every epoch, from a random stream of their own.
+    """
+    rng = generator(settings.seed, epoch, "validation")
+    loss, predictions = evaluate(model, validation, settings, rng)
+    return {
+        "augmented_validation_loss": loss,
+        "augmented_validation_accuracy": accuracy(predictions, validation.labels),
+    }
+
+
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Percent."""
     return 100 * (predictions == labels.cpu()).sum().item() / len(labels)
 
 
 def prepare(run: Run, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The run's network as its seed initialises it, and its optimiser."""
+    """The run's network as its seed initialises it, and its optimiser.
+
+    Raises ValueError where the settings call the network something else: its checkpoint would bear another's name.
+    """
     torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
     model = run.network().to(device, memory_format=torch.channels_last)
+    if type(model).__name__ != run.settings.network:
+        raise ValueError(f"{run.name}: network='{run.settings.network}' in its settings, but it is {type(model).__name__}")
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in ("cpu", "cuda")
     return model, torch.optim.Adam(
@@ -638,8 +681,10 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     After every epoch the checkpoint is replaced: an interrupted run loses at most the epoch it was in, and no epoch is
     ever trained twice. What any rule could ask for later is recorded when the epoch passes, the test predictions and
     the first layer's filters, so that every rule can be read from the trajectory. Returns the checkpoint:
-      settings, environments    what shaped the weights; where the epochs were trained
+      settings, network         what shaped the weights: see `Settings.trajectory`; the printed network
+    environments              where the epochs were trained
       history                   one dict per epoch
+      step_losses               per epoch the training loss of every step, float32 [steps]
       predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
       model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, Adam's
     """
@@ -647,13 +692,13 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
     if settings.patience is not None and not len(data["validation"]):
         raise UserError(f"{run.name}: patience needs validation images, and there are none")
     model, optimizer = prepare(run, device)
-    state = on_first(lambda: load_checkpoint(path, settings) if path.exists() else None)
+    state = on_first(lambda: load_checkpoint(path, settings, model) if path.exists() else None)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        state = {"settings": settings.trajectory(), "environments": [], "history": [], "predictions": []}
-        state["filters"] = [first_filters(model)]
+        state = {"settings": settings.trajectory(), "network": str(model), "environments": [], "history": []}
+        state |= {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
     history, images = state["history"], len(data["train"])
 
     def ended() -> bool:
@@ -686,7 +731,7 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
             lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            train_loss = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
+            train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
             speed = images / (time.perf_counter() - start)
             for buffer in model.buffers():  # the first process's running statistics, for all
                 if world_size() > 1:
@@ -700,7 +745,10 @@ def train(run: Run, data: dict[str, Split], device: torch.device, path: Path) ->
                 "validation_accuracy": accuracy(predictions, data["validation"].labels),
                 "lr": lr,
             }
+            if settings.augment:
+                entry |= evaluate_augmented(model, data["validation"], settings, epoch)
             history.append(entry)
+            state["step_losses"].append(step_losses)
             state["predictions"].append(evaluate(model, data["test"], settings)[1])
             state["filters"].append(first_filters(model))
             if best_epoch([h["validation_accuracy"] for h in history]) == epoch:
@@ -831,6 +879,9 @@ def environment(device: torch.device, settings: Settings) -> dict:
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
+        "convolutions": str(
+            product_rule(device.type, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+        ),
     }
 
 
@@ -863,23 +914,30 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, settings: Settings) -> dict:
-    """The checkpoint at `path`. Raises UserError where it is damaged or of other settings; it is left in place."""
+def load_checkpoint(path: Path, settings: Settings, model: nn.Module) -> dict:
+    """The checkpoint at `path`. Raises UserError where it is damaged, of other settings or of another network than
+    `model`; it is left in place.
+    """
     advice = "it is left as it is; --fresh starts over and keeps it beside the new one, as .old1"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
         state = torch.load(path, weights_only=True, map_location="cpu")
-        different = [k for k, v in settings.trajectory().items() if state["settings"].get(k) != v]
-        for part in ("environments", "history", "predictions", "filters", "model", "best", "optimizer"):
+        asked = settings.trajectory()
+        different = [k for k in asked | state["settings"] if state["settings"].get(k) != asked.get(k)]
+        for part in ("network", "environments", "history", "step_losses", "predictions", "filters", "model", "best"):
             state[part]
+        state["optimizer"]
+        same_sizes = {k: v.shape for k, v in state["model"].items()} == {k: v.shape for k, v in model.state_dict().items()}
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
         raise UserError(f"the checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
     if different:
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
+    if state["network"] != str(model) or not same_sizes:
+        raise UserError(f"the checkpoint {path} is of another network than the code builds now; {advice}")
     return state
 
 
@@ -978,7 +1036,8 @@ def read_run(question: str, run: Run, state: dict, labels: Tensor) -> dict:
 
 
 def write_result(folder: Path, result: dict, state: dict) -> bool:
-    """seed<N>.json, and seed<N>_filters.npz: the first layer before training, at the best and at the last epoch.
+    """seed<N>.json, and seed<N>.npz: the first layer's filters before training, at the best and at the last epoch, and
+    the training loss of every step, [epochs, steps].
 
     Returns whether the result is new.
     """
@@ -987,8 +1046,10 @@ def write_result(folder: Path, result: dict, state: dict) -> bool:
     text = re.sub(innermost, lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: state["filters"][epoch].numpy() for name, epoch in epochs.items()})
-    write_atomic(folder / f"seed{result['seed']}_filters.npz", buffer.getbuffer())
+    arrays = {name: state["filters"][epoch].numpy() for name, epoch in epochs.items()}
+    arrays["step_losses"] = torch.stack(state["step_losses"][: epochs["last"]]).numpy()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(folder / f"seed{result['seed']}.npz", buffer.getbuffer())
     path, content = folder / f"seed{result['seed']}.json", (text + "\n").encode()
     new = not path.exists() or path.read_bytes() != content
     write_atomic(path, content)
@@ -1038,7 +1099,7 @@ def load_result(path: Path) -> dict:
 
 def load_filters(folder: Path, result: dict) -> dict[str, np.ndarray]:
     """The run's saved first-layer filters: before, best, last. Raises UserError."""
-    path = folder / f"seed{result['seed']}_filters.npz"
+    path = folder / f"seed{result['seed']}.npz"
     try:
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in ("before", "best", "last")}
@@ -1500,8 +1561,9 @@ def select_runs(question: Question, args: argparse.Namespace, device: torch.devi
     runs = {}
     for run in question.configure(question.runs, args) if question.configure else question.runs:
         epochs = min(run.settings.epochs, SAMPLE_EPOCHS) if args.sample else run.settings.epochs
-        data = "cifar10-sample" if args.sample else "cifar10"
-        settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=precision, data=data)
+        settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=precision)
+        if args.sample:
+            settings = dataclasses.replace(settings, data="cifar10-sample", batch_size=SAMPLE_BATCH_SIZE)
         name, reported = run.name, run.reported
         if settings.epochs != epochs:
             name, reported = f"{name}_{settings.epochs}epochs", {}
@@ -1554,12 +1616,12 @@ def list_runs(runs: Sequence[Run], others: Sequence[Run], args: argparse.Namespa
                 state, left = "done" if result else "trained, no result yet", 0
             elif result:
                 state += " (has a result)"  # of another machine, or of before --fresh
-            seconds.setdefault((settings.network, settings.freeze), []).extend(h["seconds"] for h in history)
+            seconds.setdefault((settings.network, settings.backbone), []).extend(h["seconds"] for h in history)
             if run.name in shown:
                 rows.append((run.name, settings, state, left))
     left_over = {}  # of every trajectory: epochs, and seconds per epoch where they are known
     for name, settings, state, left in rows:
-        epoch_times, text = seconds[settings.network, settings.freeze], ""
+        epoch_times, text = seconds[settings.network, settings.backbone], ""
         if left:
             per_epoch = statistics.median(epoch_times) if epoch_times else None
             left_over[settings.key()] = max(left_over.get(settings.key(), (0, None)), (left, per_epoch))

@@ -41,6 +41,7 @@ from common import (
     points,
     positive,
     run_question,
+    stopping_epoch,
     title,
     with_seed_noise,
 )
@@ -49,7 +50,7 @@ PANELS = ("cross entropy", "validation accuracy (%)")
 NETWORKS = {"convnet": Settings(epochs=50), "batchnorm": Settings(epochs=50, batch_norm=True)}
 COLORS = {"convnet": "tab:blue", "batchnorm": "tab:orange"}
 REPORTED = {  # percent
-    ("convnet", 5): {"validation": 80.7},
+    ("convnet", 5): {"validation": 80.7, "test": 78.7},  # the test accuracy is printed in Figure 9
     ("batchnorm", 5): {"validation": 82.8, "test": 80.9},
     ("batchnorm", 7): {"validation": 85.8, "test": 80.9},
 }
@@ -156,8 +157,8 @@ def full_run(network: str, result: dict, results: dict[str, list[dict]]) -> dict
 
 def has_stopped(result: dict) -> bool:
     """Did its patience end it, before its epochs did?"""
-    patience = result["settings"]["patience"]
-    return patience is not None and len(result["history"]) - result["best_epoch"] >= patience
+    accuracies = [h["validation_accuracy"] for h in result["history"]]
+    return stopping_epoch(accuracies, len(accuracies) + 1, result["settings"]["patience"]) is not None
 
 
 def plot_stops(full: dict[str, dict], results: dict[str, list[dict]]) -> Figure:

@@ -12,8 +12,10 @@ Here, with Tiny-ImageNet features in place of ImageNet's (not the report's setti
 images: frozen 77.9 % [77.1, 78.7], within noise of question 1's network; fine-tuned 88.3 % [87.7, 89.0];
 from scratch 85.2 % [84.5, 85.9].
 
-The frozen backbone always makes the same features of an image, so they are computed once, for every training image and
-its mirror image, and the epochs train the head on those.
+The report's frozen backbone has no gradients but stays in training mode: it normalises by every batch's statistics, and
+its running statistics move. That is `frozen_train_mode`. Beside it, `frozen` keeps the backbone in evaluation mode: it
+always makes the same features of an image, so they are computed once, for every image and its mirror image, and the
+epochs train the head on those.
 """
 
 import argparse
@@ -46,10 +48,11 @@ from common import (
     run_question,
     title,
 )
+from machine import fast_convolutions
 
 IMAGENET = VGG11_BN_Weights.IMAGENET1K_V1
 VGG = Settings(
-    network="VGG11_bn",
+    network="VGG11",
     augment=(HorizontalFlip(p=0.5),),
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
@@ -63,20 +66,23 @@ VGG = Settings(
 class VGG11(nn.Module):
     """torchvision's vgg11_bn without its average pooling and fully connected layers, and the report's head.
 
-    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. With `freeze` the backbone has no gradients
-    and stays in evaluation mode: its running statistics do not move.
+    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`: a frozen one
+    has no gradients and stays in evaluation mode, unless it is frozen in training mode, where batch norm normalises by
+    the batch and its running statistics move. From scratch the head starts as the exercise says, with pretrained
+    features as PyTorch does (the report's code).
     """
 
-    def __init__(self, freeze: bool = False):
+    def __init__(self, backbone: str = "trained", pretrained: bool = False):
         super().__init__()
-        self.freeze = freeze
-        self.features = vgg11_bn().features.requires_grad_(not freeze)
+        self.backbone = backbone
+        self.features = fast_convolutions(vgg11_bn().features).requires_grad_(backbone == "trained")
         self.head = nn.Sequential(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10))
-        init_linear(self.head)
+        if not pretrained:
+            init_linear(self.head)
 
     def train(self, mode: bool = True) -> "VGG11":
         super().train(mode)
-        if self.freeze:
+        if self.backbone == "frozen":
             self.features.eval()
         return self
 
@@ -164,7 +170,7 @@ class VGGRun(Run):
     source: str = "none"
 
     def network(self) -> VGG11:
-        model = VGG11(self.settings.freeze)
+        model = VGG11(self.settings.backbone, pretrained=self.source != "none")
         if self.source != "none":
             model.features.load_state_dict(load_weights(self.source))
         return model
@@ -173,18 +179,20 @@ class VGGRun(Run):
         return {} if self.source == "none" else {"weights_sha256": sha256(weights_file(self.source))}
 
     def inputs(self, model: VGG11, data: dict[str, Split]) -> dict[str, Split]:
-        if not self.settings.freeze:
+        if self.settings.backbone != "frozen":
             return data
-        return {n: compute_features(model, s, self.settings, n == "train", n) for n, s in data.items()}
+        return {n: compute_features(model, s, self.settings, n != "test", n) for n, s in data.items()}
 
 
 def transfer_runs(source: str, label: str, weights: str, reported: bool = False) -> list[Run]:
-    """Frozen and fine-tuned from these weights; `weights` is their name and hash, kept in the results."""
-    frozen = replace(VGG, weights=weights, freeze=True)
+    """Frozen both ways and fine-tuned from these weights; `weights` is their name and hash, kept in the results."""
+    finetune = replace(VGG, weights=weights)
+    train_mode = replace(finetune, backbone="frozen, training mode")
     numbers = [{"validation": "61-66"}, {"validation": 89.9, "test": 89.2}] if reported else [{}, {}]
     return [
-        VGGRun(f"frozen_{label}", frozen, numbers[0], source),
-        VGGRun(f"finetune_{label}", replace(VGG, weights=weights), numbers[1], source),
+        VGGRun(f"frozen_train_mode_{label}", train_mode, numbers[0], source),
+        VGGRun(f"frozen_{label}", replace(finetune, backbone="frozen"), {}, source),
+        VGGRun(f"finetune_{label}", finetune, numbers[1], source),
     ]
 
 
@@ -209,13 +217,13 @@ def with_weights(runs: list[Run], args: argparse.Namespace) -> list[Run]:
 
 def transfer_pairs(label: str) -> tuple[tuple[str, str], ...]:
     """Claim 10's comparisons, with the weights of this label."""
-    frozen, finetune = f"frozen_{label}", f"finetune_{label}"
+    frozen, finetune = f"frozen_train_mode_{label}", f"finetune_{label}"
     return ("convnet", frozen), (finetune, "scratch"), (finetune, "convnet")
 
 
 def stand_ins(results: dict[str, list[dict]], folder: Path) -> dict | None:
     """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
-    names = [re.fullmatch(r"(?:frozen|finetune)_(.+_[0-9a-f]{8})", name) for name in results]
+    names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", name) for name in results]
     pairs = [pair for label in sorted({name[1] for name in names if name}) for pair in transfer_pairs(label)]
     return judge(Claim(10, "", tuple(pairs)), results, folder) if pairs else None
 

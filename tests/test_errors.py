@@ -238,7 +238,7 @@ def test_checkpoint_of_other_settings(checkpoint):
         learning_rate=1.0,
     )
     with pytest.raises(UserError, match=r"trained with other settings \(learning_rate\).*--fresh"):
-        load_checkpoint(checkpoint, settings)
+        load_checkpoint(checkpoint, settings, common.ConvNet())
 
 
 DAMAGES = {  # a pattern in the file, and what stands there instead

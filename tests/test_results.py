@@ -164,7 +164,7 @@ def test_filter_criterion(tmp_path):
     noise, ramp = rng.normal(size=(128, 3, 3, 3)), np.tile([[1.0, 0, -1]], (128, 3, 3, 1))
 
     def verdict(before, after):
-        np.savez_compressed(tmp_path / "seed0_filters.npz", before=before, best=after, last=after)
+        np.savez_compressed(tmp_path / "seed0.npz", before=before, best=after, last=after)
         return filters_become_smooth([{"seed": 0}], tmp_path)["verdict"]
 
     assert verdict(noise, noise + ramp) == "holds"
@@ -392,7 +392,7 @@ def test_the_command_line_end_to_end(finished):
     run = folder / "out/sample/q1/convnet_3epochs"
     names = {path.name for path in run.iterdir()}
     figures = {f"{name}.png" for name in (*common.RUN_FIGURES, "filters_before", "filters_after")}
-    assert names == {"seed0.json", "seed0_filters.npz", "network.txt", *figures}
+    assert names == {"seed0.json", "seed0.npz", "network.txt", *figures}
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
     assert result["history"][0]["train_loss"] > result["history"][2]["train_loss"]
@@ -401,7 +401,7 @@ def test_the_command_line_end_to_end(finished):
     assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs
     assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
     assert not (folder / "out/q1").exists()  # never among the full results
-    with np.load(run / "seed0_filters.npz", allow_pickle=False) as filters:
+    with np.load(run / "seed0.npz", allow_pickle=False) as filters:
         assert filters["before"].shape == (128, 3, 3, 3)
         assert not np.array_equal(filters["before"], filters["last"])
 

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import signal
 from contextlib import ExitStack
 
@@ -8,7 +9,12 @@ import torch
 
 import common
 import q1_convnet
+import q2_batchnorm_earlystop
+import q3_augment_dropout
+import q4_vgg_transfer
 from common import (
+    ROOT,
+    SAMPLE_BATCH_SIZE,
     ConvNet,
     HorizontalFlip,
     RandomCrop,
@@ -42,6 +48,10 @@ def follow(small, folder, **changes):
     return train(run, small, CPU, folder / f"{run.settings.key()}.pt")
 
 
+def network(**changes):
+    return Run("test", dataclasses.replace(SETTINGS, **changes)).network()
+
+
 def numbers(state):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in state["history"]]
 
@@ -60,7 +70,7 @@ def two_epochs(small, tmp_path_factory):
     """Two epochs in one go: the folder of the checkpoint, and the checkpoint."""
     folder = tmp_path_factory.mktemp("two")
     follow(small, folder)
-    return folder, load_checkpoint(folder / f"{SETTINGS.key()}.pt", SETTINGS)
+    return folder, load_checkpoint(folder / f"{SETTINGS.key()}.pt", SETTINGS, network())
 
 
 def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path):
@@ -70,7 +80,7 @@ def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path)
     assert numbers(other)[0]["train_loss"] != numbers(two_epochs[1])[0]["train_loss"]
 
 
-def test_training_is_augmented_anew_every_epoch_and_evaluation_never(small, tmp_path, monkeypatch):
+def test_training_is_augmented_anew_every_epoch_and_the_validation_that_counts_never(small, tmp_path, monkeypatch):
     drawn, real = [], Split.batch
 
     def batch(split, index, settings, rng=None, part=slice(None)):
@@ -78,10 +88,38 @@ def test_training_is_augmented_anew_every_epoch_and_evaluation_never(small, tmp_
         return real(split, index, settings, rng, part)
 
     monkeypatch.setattr(Split, "batch", batch)
-    follow(small, tmp_path)
-    training = [seed for images, seed in drawn if images == 120]
+    data = small | {"test": Split(small["test"].images[:40], small["test"].labels[:40])}
+    history = follow(data, tmp_path)["history"]
+    training, validation, test = ([seed for images, seed in drawn if images == n] for n in (120, 50, 40))
     assert len(training) == 4 and training[0] == training[1] != training[2] == training[3]  # two batches an epoch
-    assert None not in training and {seed for images, seed in drawn if images != 120} == {None}
+    assert None not in training and set(test) == {None}
+    plain, augmented, later_plain, later = validation  # once as they are, once as the report measures them
+    assert plain is later_plain is None and len({augmented, later, *training}) == 4
+    assert all(h["augmented_validation_loss"] != h["validation_loss"] for h in history)
+
+
+def test_without_augmentation_nothing_is_measured_augmented(small, tmp_path):
+    (entry,) = follow(small, tmp_path, augment=(), epochs=1)["history"]
+    assert not [name for name in entry if "augmented" in name]
+
+
+def test_a_network_of_another_name_is_refused(small):
+    run = Run("test", dataclasses.replace(SETTINGS, network="VGG11"))
+    with pytest.raises(ValueError, match="network='VGG11' in its settings, but it is ConvNet"):
+        common.prepare(run, CPU)
+
+
+@pytest.mark.parametrize("edit", ["another layer", "another size"])
+def test_a_checkpoint_of_another_network_is_refused(two_epochs, edit):
+    """Somebody edits the network and runs the same command again."""
+    folder, state = two_epochs
+    edited = network()
+    if edit == "another layer":
+        edited.features[2] = torch.nn.Dropout(0.4)
+    else:
+        edited.classifier.weight = torch.nn.Parameter(torch.zeros(10, 513))  # not printed
+    with pytest.raises(UserError, match="is of another network than the code builds now; .*--fresh"):
+        load_checkpoint(folder / f"{SETTINGS.key()}.pt", SETTINGS, edited)
 
 
 def test_the_optimiser_is_the_exercises(two_epochs):
@@ -116,7 +154,8 @@ def test_reading_fewer_epochs_is_having_trained_fewer(small, two_epochs, tmp_pat
 
 
 def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkeypatch):
-    measured = iter([30.0, 40.0, 40.0, 30.0, 40.0, 40.0, 50.0])  # three epochs and stop; then four
+    values = [30.0, 40.0, 39.0], [30.0, 40.0, 39.0, 50.0]  # three epochs and stop; then four
+    measured = iter([v for run in values for value in run for v in (value, 0.0)])  # the second: augmented, never used
     monkeypatch.setattr(common, "accuracy", lambda *_: next(measured))
     rule = Run("rule", dataclasses.replace(SETTINGS, epochs=4, patience=1))
     stopped = train(rule, small, CPU, tmp_path / "stopped.pt")
@@ -146,8 +185,27 @@ def test_the_key_is_what_shapes_the_weights():
         {"learning_rate": 1e-3},
         {"augment": ("x",)},
         {"data": "x"},
+        {"dropout_after_pool": True},
+        {"backbone": "frozen"},
     ):
         assert dataclasses.replace(settings, **change).key() != settings.key()
+
+
+def test_the_keys_of_trained_trajectories_never_change():
+    """A key that changes orphans a checkpoint that took hours: rename settings as you like, but not these."""
+    weights = "vgg11_bn_features_tinyimagenet.pth sha256:69a37b9ff57d64bd078533d62d0737af89f8fea165386682cbca99c4dd5ba730"
+    vgg = q4_vgg_transfer.transfer_runs("unused", "stand_in", weights)
+    runs = [*q1_convnet.RUNS, *q2_batchnorm_earlystop.RUNS, *q3_augment_dropout.RUNS, *q4_vgg_transfer.RUNS, *vgg]
+    keys = {run.name: dataclasses.replace(run.settings, precision="bf16").key() for run in runs}
+    trajectories = {}
+    for name, key in keys.items():
+        trajectories.setdefault(key, []).append(name)
+    pinned = json.loads((ROOT / "tests/keys.json").read_text())
+    assert trajectories == pinned
+    seed1 = dataclasses.replace(q1_convnet.RUNS[0].settings, precision="bf16", seed=1)
+    assert seed1.key() == "ConvNet-seed1-1bd545fbe6"
+    fp32 = dataclasses.replace(q1_convnet.RUNS[0].settings, precision="fp32")
+    assert fp32.key() == "ConvNet-seed0-dd15c90375"
 
 
 @pytest.fixture
@@ -187,7 +245,7 @@ def test_evaluation_leaves_the_model_alone(small, training):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_path):
     follow(small, tmp_path, epochs=1)
     path = tmp_path / f"{SETTINGS.key()}.pt"
-    state = load_checkpoint(path, SETTINGS)
+    state = load_checkpoint(path, SETTINGS, network())
     state["model"]["classifier.bias"].fill_(float("nan"))
     torch.save(state, path)
     before = path.read_bytes()
@@ -211,7 +269,9 @@ def test_parts_of_a_batch_cover_it_once(monkeypatch):
     [
         ([50, 60, 70], 3, 1, 3),  # improves to the end
         ([50, 60, 70], 5, 1, None),  # still improving
-        ([50, 60, 60, 60], 9, 2, 4),  # a tie is no improvement
+        ([50, 60, 60, 60, 59], 9, 2, None),  # a tie with the best does not count
+        ([50, 60, 59, 60, 59, 70], 9, 2, 5),  # and does not start the count again
+        ([50, 60, 59, 59], 9, 2, 4),  # a tie below the best counts
         ([50, 40, 30, 20], 9, 3, 4),  # never improves
         ([50, 40, 60, 55, 54], 9, 2, 5),  # an improvement starts the count again
         ([50, 60, 59, 58], 4, 2, 4),  # stops exactly at the end
@@ -231,7 +291,7 @@ def test_best_epoch_is_the_first_of_equals():
 
 def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, monkeypatch, capsys):
     """The lock of seed 0 is taken; the other process lets go of it while seed 1 is trained."""
-    settings = Settings(data="cifar10-sample", precision="fp32")
+    settings = Settings(data="cifar10-sample", precision="fp32", batch_size=SAMPLE_BATCH_SIZE)
     taken = ExitStack()
     assert taken.enter_context(common.file_lock(tmp_path / f"{settings.key()}.lock"))
     leftover = tmp_path / f".{settings.key()}.pt.host.1.tmp"  # of a process killed while it wrote the checkpoint
@@ -253,7 +313,8 @@ def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, m
 
 def test_where_nothing_else_is_left_it_waits_for_another_process(small, tmp_path, monkeypatch):
     """The lock of the only run is taken until somebody waits for it."""
-    path = tmp_path / f"{Settings(data='cifar10-sample', precision='fp32').key()}.lock"
+    settings = Settings(data="cifar10-sample", precision="fp32", batch_size=SAMPLE_BATCH_SIZE)
+    path = tmp_path / f"{settings.key()}.lock"
     taken, waits, real = ExitStack(), [], common.file_lock
     assert taken.enter_context(real(path))
 

@@ -30,13 +30,15 @@ def weights(tmp_path_factory):
 
 
 def frozen(weights, **changes):
-    settings = dataclasses.replace(VGG, freeze=True, data="cifar10-sample", precision="fp32", epochs=2, batch_size=50)
+    settings = dataclasses.replace(VGG, backbone="frozen", data="cifar10-sample", precision="fp32", epochs=2)
+    settings = dataclasses.replace(settings, batch_size=50)
     return VGGRun("frozen", dataclasses.replace(settings, **changes), {}, str(weights))
 
 
 def test_parameters_of_backbone_and_head():
     head = 512 * 256 + 256 + 2 * 256 + 256 * 10 + 10
-    assert count_parameters(VGG11(freeze=True)) == head
+    for backbone in ("frozen", "frozen, training mode"):
+        assert count_parameters(VGG11(backbone)) == head
     assert count_parameters(VGG11()) == head + 9_225_984  # the features of torchvision's vgg11_bn
     assert VGG11()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
@@ -52,6 +54,29 @@ def test_frozen_means_that_nothing_in_the_backbone_moves(weights, small, tmp_pat
     fresh = common.prepare(run, CPU)[0].state_dict()
     assert not torch.equal(state["head.0.weight"], fresh["head.0.weight"])
     assert not torch.equal(state["head.1.running_mean"], fresh["head.1.running_mean"])
+
+
+def test_frozen_in_training_mode_moves_the_statistics_alone(weights, small, tmp_path):
+    """As the report's code: no gradients in the backbone, but batch norm by the batch, whose statistics move."""
+    run = frozen(weights, backbone="frozen, training mode", epochs=1)
+    state = train(run, small, CPU, tmp_path / "moving.pt")["model"]
+    loaded = load_weights(str(weights))
+    moved = {name for name, tensor in loaded.items() if not torch.equal(state[f"features.{name}"], tensor)}
+    assert moved == {n for n in loaded if n.rsplit(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")}
+    model, _ = common.prepare(run, CPU)
+    images, _ = small["train"].batch(torch.arange(50), run.settings)
+    with torch.no_grad():
+        by_batch, by_statistics = (model.train(mode).features(images) for mode in (True, False))
+    assert (by_batch - by_statistics).norm() / by_statistics.norm() > 0.05
+
+
+def test_the_head_starts_as_the_reports(weights):
+    """From scratch N(0, 1e-3), as the exercise says; with pretrained features as PyTorch starts a Linear."""
+    heads = [common.prepare(run, CPU)[0].head for run in (frozen(weights), q4_vgg_transfer.SCRATCH)]
+    deviations = [(head[0].weight.std().item(), head[3].weight.std().item()) for head in heads]
+    assert deviations[0] == pytest.approx((1 / (3 * 512) ** 0.5, 1 / (3 * 256) ** 0.5), rel=0.05)
+    assert deviations[1] == pytest.approx((1e-3, 1e-3), rel=0.05)
+    assert heads[0][0].bias.count_nonzero() > 0 and heads[1][0].bias.count_nonzero() == 0
 
 
 def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights, small, tmp_path):
@@ -83,7 +108,7 @@ def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, sma
 
 
 def test_weights_are_loaded_and_finetuned(weights, small, tmp_path):
-    run = frozen(weights, freeze=False, epochs=1)
+    run = frozen(weights, backbone="trained", epochs=1)
     model, _ = common.prepare(run, CPU)
     loaded = load_weights(str(weights))
     assert all(torch.equal(v, loaded[k]) for k, v in model.features.state_dict().items())
@@ -95,10 +120,11 @@ def test_runs_of_other_weights_are_named_by_them(weights):
     args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", str(weights), "--sample"])
     runs = common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert [r.name for r in runs] == [f"frozen_random_{digest[:8]}", f"finetune_random_{digest[:8]}", "scratch"]
-    assert runs[0].provenance() == {"weights_sha256": digest} and runs[2].provenance() == {}
+    label = f"random_{digest[:8]}"
+    assert [r.name for r in runs] == [f"frozen_train_mode_{label}", f"frozen_{label}", f"finetune_{label}", "scratch"]
+    assert runs[0].provenance() == {"weights_sha256": digest} and runs[3].provenance() == {}
     assert digest in runs[0].settings.weights and runs[0].reported == {} == runs[1].reported
-    assert len({run.settings.key() for run in runs}) == 3
+    assert len({run.settings.key() for run in runs}) == 4
 
 
 def test_without_weights_there_is_nothing_to_transfer():
