@@ -8,17 +8,19 @@ The plain loop, written out in `plain_loop`, is the one of the tutorials: torchv
 PIL images, float32, NCHW, the default Adam, `loss.item()` at every step. Ours is `common.train_epoch`, set up as the
 question scripts do. Each has a process of its own and starts from the same weights; after a warm-up they take turns.
 
-Printed: the machine, and two tables.
-- Training question 1's network, without and with batch norm: ms per step (median over rounds) and images/s of both; how
-  many times faster ours is (median, least and greatest of the rounds' ratios); the peak memory of each process (on
-  CUDA: of its tensors; else all of it, Python and libraries included, the DataLoader's workers left out); the share of
-  our step that is spent outside the network, on data and logging.
+Printed: the machine, and three tables.
+- Training question 1's network (plain, with batch norm, with dropout) and fine-tuning VGG11_bn: ms per step (median over
+  rounds) and images/s of both; how many times faster ours is (median, least and greatest of the rounds' ratios); the
+  peak memory of each process (on CUDA: of its tensors; else all of it, Python and libraries included, the DataLoader's
+  workers left out); the share of our step that is spent outside the network, on data and logging.
   The last row is question 4's frozen VGG11_bn, 30 epochs with their share of validation and test images: the plain loop
   runs the backbone in every epoch (one is timed, all cost the same), ours once per image and mirror image.
+- On a CPU, every convolution of the networks in our precision, direction by direction: ms of PyTorch's kernel and of the
+  product of matrices (`machine.ConvolutionAsProduct`); a star marks what the rule for this CPU chooses.
 - Augmentation: ms per batch of 200, torchvision's on PIL images one by one in one process, and ours; the share of our
   training step that ours would take.
 
-Two CPU cores need five to ten minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
+Two CPU cores need about ten minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10
@@ -47,7 +49,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from common import (
-    ConvNet,
+    HorizontalFlip,
     Parser,
     Run,
     Settings,
@@ -69,8 +71,9 @@ from common import (
     stream_seed,
     train_epoch,
 )
+from machine import Conv2d, ConvolutionAsProduct, Directions, Dropout, product_rule
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
-from q4_vgg_transfer import VGG, VGG11, VGGRun, compute_features
+from q4_vgg_transfer import VGG, VGGRun, compute_features
 
 LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
@@ -159,12 +162,21 @@ def evaluation_batches(steps: int) -> int:
     return max(1, round(steps * EVALUATED))
 
 
-def plain_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+def plain_setup(run: Run, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The run's network of PyTorch's own layers, and the default Adam."""
+    torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
+    model = run.network().to(device)
+    for module in model.modules():
+        module.__class__ = {Conv2d: nn.Conv2d, Dropout: nn.Dropout}.get(type(module), type(module))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.Adam(trained, run.settings.learning_rate, weight_decay=run.settings.weight_decay)
+
+
+def plain_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
     """Returns train(steps)."""
-    batches = plain_loader(settings, data_dir)
-    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
-    model = ConvNet(settings.batch_norm).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-3)
+    flips = [T.RandomHorizontalFlip(a.p) for a in run.settings.augment if isinstance(a, HorizontalFlip)]
+    batches = plain_loader(run.settings, data_dir, flips)
+    model, optimizer = plain_setup(run, device)
 
     def train(steps: int) -> int:
         model.train()
@@ -174,12 +186,10 @@ def plain_loop(settings: Settings, device: torch.device, data_dir: str | None) -
     return train
 
 
-def plain_frozen_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+def plain_frozen_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
     """The frozen backbone in every step. Returns train(steps), one epoch of so many, evaluation included."""
-    batches = plain_loader(settings, data_dir, [T.RandomHorizontalFlip()])
-    torch.manual_seed(stream_seed(settings.seed, 0, "init"))
-    model = VGG11("frozen").to(device)
-    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+    batches = plain_loader(run.settings, data_dir, [T.RandomHorizontalFlip()])
+    model, optimizer = plain_setup(run, device)
 
     def train(steps: int) -> int:
         model.train()  # the backbone stays in evaluation mode
@@ -213,10 +223,11 @@ def measure_outside(bar: tqdm, split: Split, device: torch.device, outside: list
         setattr(owner, name, timed(getattr(owner, name), device, outside))
 
 
-def our_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+def our_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
     """What `common.train` sets up. Returns train(steps, outside); `outside` gets the seconds of data and logging."""
+    settings = run.settings
     images = our_data(settings, device, data_dir)
-    model, optimizer = prepare(Run("bench", settings), device)
+    model, optimizer = prepare(run, device)
     epochs = itertools.count(1)
 
     def train(steps: int, outside: list[float] | None = None) -> int:
@@ -230,10 +241,11 @@ def our_loop(settings: Settings, device: torch.device, data_dir: str | None) -> 
     return train
 
 
-def our_frozen_loop(settings: Settings, device: torch.device, data_dir: str | None) -> Callable:
+def our_frozen_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
     """Question 4's frozen run. Returns train(steps, outside), 30 epochs of so many steps, evaluation included."""
+    settings = run.settings
     images = our_data(settings, device, data_dir)
-    model, optimizer = prepare(VGGRun("bench", settings), device)
+    model, optimizer = prepare(run, device)
 
     def train(steps: int, outside: list[float] | None = None) -> int:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
@@ -256,11 +268,11 @@ class Turn(NamedTuple):
     memory: float  # peak, MiB
 
 
-def serve(connection: Connection, make_loop: Callable, settings: Settings, device: torch.device, *args) -> None:
+def serve(connection: Connection, make_loop: Callable, run: Run, device: torch.device, *args) -> None:
     """Main program of a loop's process. It says None when all is set up, then answers (steps, watched) with a Turn."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
-        train = make_loop(settings, device, *args)
+        train = make_loop(run, device, *args)
         connection.send(None)
         while True:
             steps, watched = connection.recv()
@@ -346,6 +358,59 @@ def print_training(rows: Sequence[dict], batch_size: int) -> None:
         )
 
 
+def convolution_shapes(runs: Sequence[Run]) -> list[tuple[int, int, int]]:
+    """C_in, C_out and pixels per side of every 3x3 convolution of these networks, for images of 32 x 32."""
+    shapes = set()
+
+    def record(module: Conv2d, inputs: tuple[Tensor], _output: Tensor) -> None:
+        shapes.add((module.in_channels, module.out_channels, inputs[0].shape[-1]))
+
+    for run in runs:
+        model = run.network().eval()
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                module.register_forward_hook(record)
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+    return sorted(shapes, key=lambda shape: (-shape[2], shape))
+
+
+def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, directions: Directions, rounds: int) -> list[float]:
+    """Median ms of output, gradient of the input and gradient of the weights, for a batch of 200."""
+    c_in, c_out, size = shape
+    images = torch.randn(200, c_in, size, size).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(c_out, c_in, 3, 3).to(dtype, memory_format=torch.channels_last)
+    bias, seconds = torch.zeros(c_out, dtype=dtype), [[], [], []]
+    function = ConvolutionAsProduct.apply
+    by_input, by_weight = images.clone().requires_grad_(), weight.clone().requires_grad_()
+    gradient = torch.randn_like(function(images, weight, bias, directions))
+    work = [
+        lambda: function(images, weight, bias, directions),
+        lambda: torch.autograd.grad(function(by_input, weight, bias, directions), by_input, gradient),
+        lambda: torch.autograd.grad(function(images, by_weight, bias, directions), by_weight, gradient),
+    ]
+    for _ in range(WARM_UP_STEPS + rounds):
+        for function_of, spent in zip(work, seconds):
+            timed(function_of, images.device, spent)()
+    output, with_input, with_weight = (1000 * statistics.median(s[WARM_UP_STEPS:]) for s in seconds)
+    return [output, with_input - output, with_weight - output]
+
+
+def print_convolutions(runs: Sequence[Run], precision: str, rounds: int) -> None:
+    """The second table."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    print(f"\n{'convolutions of 200 images':<28}{'output':>18}{'input gradient':>20}{'weight gradient':>20}")
+    print(f"{f'in {precision}, ms':<28}{'PyTorch  product':>18}{'PyTorch  product':>20}{'PyTorch  product':>20}")
+    for shape in convolution_shapes(runs):
+        times = [time_convolution(shape, dtype, Directions(*[product] * 3), rounds) for product in (False, True)]
+        chosen = product_rule("cpu", dtype).directions(shape[2] ** 2)
+        cells = [
+            f"{theirs:.1f}{'' if product else '*'}".rjust(10) + f"{ours:.1f}{'*' if product else ''}".rjust(9)
+            for theirs, ours, product in zip(*times, chosen)
+        ]
+        print(f"{'{} -> {}, {} x {}'.format(*shape, shape[2]):<28}" + " ".join(cells))
+
+
 def augment_pil(images: Sequence[Image.Image], transform: Callable) -> list[Image.Image]:
     """One by one, on one thread, as a DataLoader's worker does."""
     threads = torch.get_num_threads()
@@ -356,7 +421,7 @@ def augment_pil(images: Sequence[Image.Image], transform: Callable) -> list[Imag
 
 
 def print_augmentation(rows: Sequence[tuple[str, tuple, list]], images: Tensor, rounds: int, step_ms: float) -> None:
-    """The second table. rows: name, ours, torchvision's; images: one batch, uint8; step_ms: of training without any."""
+    """The third table. rows: name, ours, torchvision's; images: one batch, uint8; step_ms: of training without any."""
     pil, rng = [to_pil_image(image) for image in images.cpu()], generator(0, 1, "augment")
     title = f"augmenting {len(images)} images"
     print(f"\n{title:<32}{'PIL ms':>9}{'ours ms':>9}{'times faster':>14}{'of our step':>13}")
@@ -392,18 +457,25 @@ def run(args: argparse.Namespace) -> None:
         f"{here['device']}, {here['threads']} threads; torch {here['torch']}; plain fp32, ours {here['precision']}; "
         f"rounds x steps {args.rounds} x {args.steps}, batches of {settings.batch_size}, {data}"
     )
-    batch_norm = dataclasses.replace(settings, batch_norm=True)
-    frozen = dataclasses.replace(VGG, backbone="frozen", data=settings.data, precision=settings.precision)
+    vgg = dataclasses.replace(VGG, data=settings.data, precision=settings.precision)
+    convnet, finetune = Run("bench", settings), VGGRun("bench", vgg)
+    batch_norm = Run("bench", dataclasses.replace(settings, batch_norm=True))
+    dropout = Run("bench", dataclasses.replace(settings, dropout=0.5))
+    frozen = VGGRun("bench", dataclasses.replace(vgg, backbone="frozen"))
     loops = [
-        ("ConvNet", plain_loop, our_loop, settings),
+        ("ConvNet", plain_loop, our_loop, convnet),
         ("ConvNet, batch norm", plain_loop, our_loop, batch_norm),
+        ("ConvNet, dropout 0.5", plain_loop, our_loop, dropout),
+        ("VGG11_bn, fine-tuned", plain_loop, our_loop, finetune),
         ("VGG11_bn, frozen", plain_frozen_loop, our_frozen_loop, frozen),
     ]
     steps = len(loops) * (2 * WARM_UP_STEPS + (2 * args.rounds + 1) * args.steps)
     with tqdm(total=steps, desc="bench", unit="step", smoothing=0, dynamic_ncols=True, disable=None) as bar:
-        rows = [measure(*loop, (network, device, args.data_dir), args, bar) for *loop, network in loops]
+        rows = [measure(*loop, (run, device, args.data_dir), args, bar) for *loop, run in loops]
     print_training(rows, settings.batch_size)
     keep_large_blocks()
+    if device.type == "cpu":
+        print_convolutions([convnet, finetune], settings.precision, args.rounds)
     train = (load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))["train"]
     print_augmentation(AUGMENTATIONS, train.images[: settings.batch_size].to(device), args.rounds, rows[0]["our_ms"])
 

@@ -50,7 +50,8 @@ ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 REPORT_TEST_IMAGES = 1000  # the report's test accuracies are "on the 1000 test images": the first ones
-SAMPLE_DIR, SAMPLE_EPOCHS, SAMPLE_BATCH_SIZE = ROOT / "sample", 10, 50  # small batches: more steps in the same time
+SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 18
+SAMPLE_SETTINGS = {"data": "cifar10-sample", "batch_size": 25, "learning_rate": 1e-3}  # eight times the steps of 200
 
 
 class UserError(Exception):
@@ -1412,12 +1413,15 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def table_row(name: str, results: list[dict], reported: dict | None) -> list[str]:
-    """A run's line in the tables: the report's numbers beside ours; "-" stands for what is not there."""
+    """A run's line in the tables: the report's numbers beside ours; "-" stands for what is not there.
+
+    The report tests the last weights on the first 1,000 images; beside them stand the best weights, on these and on all.
+    """
     reported = results[0]["reported"] if reported is None else reported
     report = [str(reported.get(k, "-")) for k in ("validation", "test")]
     if not results:
-        return [name, "-", "-", f"{report[0]} / -", f"{report[1]} / -", "-", "-"]
-    best = [r["test"]["best"] for r in results]
+        return [name, "-", "-", f"{report[0]} / -", f"{report[1]} / -", "-", "-", "-"]
+    best, last = ([r["test"][which] for r in results] for which in ("best", "last"))
     interval = (
         f" [{best[0]['all_10000']['ci95'][0]:.1f}, {best[0]['all_10000']['ci95'][1]:.1f}]" if len(best) == 1 else ""
     )
@@ -1426,15 +1430,17 @@ def table_row(name: str, results: list[dict], reported: dict | None) -> list[str
         ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in results),
         f"{len(results)}",
         f"{report[0]} / {mean_and_deviation([best_validation(r) for r in results])}",
-        f"{report[1]} / {mean_and_deviation([b['first_1000']['accuracy'] for b in best])}",
+        f"{report[1]} / {mean_and_deviation([scored['first_1000']['accuracy'] for scored in last])}",
+        mean_and_deviation([scored["first_1000"]["accuracy"] for scored in best]),
         f"{mean_and_deviation([b['all_10000']['accuracy'] for b in best], 2)}{interval}",
         duration(sum(h["seconds"] for r in results for h in r["history"])),
     ]
 
 
 def table_head(sample: bool) -> list[str]:
-    head = ["run", "best epoch", "seeds", "validation: report / ours", "first 1,000 test: report / ours"]
-    return [*head, "all 500 [95 %]" if sample else "all 10,000 [95 %]", "time"]
+    test = ("500 test", "all 500") if sample else ("first 1,000 test", "all 10,000")
+    head = ["run", "best epoch", "seeds", "validation: report / ours", f"{test[0]}, last weights: report / ours"]
+    return [*head, f"{test[0]}, best weights", f"{test[1]}, best weights [95 %]", "time"]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -1483,10 +1489,11 @@ def write_gallery(root: Path, name: str, section: str, sample: bool) -> None:
 SAMPLE_HEAD = "# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10\n\n"
 GALLERY_HEAD = """# The report and ours, side by side
 
-Written by the question scripts from the JSON files beside it; do not edit. Accuracies are in percent and belong to the
-weights of the best validation epoch. The report gives test accuracies on the first 1,000 test images; the brackets are
-the 95 % Wilson interval on all 10,000. With several seeds: mean ± standard deviation. "-" has not been run, or the
-report prints no number. "time" is that of all epochs a run is read from; runs that share epochs each count them.
+Written by the question scripts from the JSON files beside it; do not edit. Accuracies are in percent. The report tests
+the weights of the last epoch on the first 1,000 test images, and so does the column beside its numbers; the weights of
+the best validation epoch follow, on the same images and on all 10,000, the brackets their 95 % Wilson interval. With
+several seeds: mean ± standard deviation. "-" has not been run, or the report prints no number. "time" is that of all
+epochs a run is read from; runs that share epochs each count them.
 
 A comparison of two runs *holds* or *does not hold* where the 95 % interval of the paired difference on the same test
 images excludes zero; else it is *within noise*. Claims about validation, the gap between losses, filters or a ranking
@@ -1563,7 +1570,7 @@ def select_runs(question: Question, args: argparse.Namespace, device: torch.devi
         epochs = min(run.settings.epochs, SAMPLE_EPOCHS) if args.sample else run.settings.epochs
         settings = dataclasses.replace(run.settings, epochs=args.epochs or epochs, precision=precision)
         if args.sample:
-            settings = dataclasses.replace(settings, data="cifar10-sample", batch_size=SAMPLE_BATCH_SIZE)
+            settings = dataclasses.replace(settings, **SAMPLE_SETTINGS)
         name, reported = run.name, run.reported
         if settings.epochs != epochs:
             name, reported = f"{name}_{settings.epochs}epochs", {}

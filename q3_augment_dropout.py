@@ -295,21 +295,32 @@ def budget(result: dict) -> tuple[int, str]:
     return len(result["history"]), result["settings"]["precision"]
 
 
+def as_the_report_validates(results: list[dict]) -> str:
+    """Best accuracy and last loss on augmented validation images; "-" for runs that augment nothing."""
+    if "augmented_validation_loss" not in results[0]["history"][-1]:
+        return "-"
+    best = [max(h["augmented_validation_accuracy"] for h in r["history"]) for r in results]
+    last = [r["history"][-1]["augmented_validation_loss"] for r in results]
+    return f"{mean_and_deviation(best)}, {mean_and_deviation(last, 3)}"
+
+
 def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Every run's losses in the last epoch and its paired difference in test accuracy (points) to the baseline of as
-    many epochs in the same precision; "-" where one of them is not trained.
+    """Every run's losses in the last epoch; its best validation accuracy and last validation loss as the report
+    measures them, on augmented images; and its paired difference in test accuracy (points) to the baseline of as many
+    epochs in the same precision. "-" where there is none.
     """
-    rows = [["run", "training loss", "validation loss", "gap", "run − baseline, test [95 %]"]]
+    augmented = "on augmented images: best accuracy, last loss"
+    rows = [["run", "training loss", "validation loss", "gap", augmented, "run − baseline, test [95 %]"]]
     for name in {run.name: run for run in RUNS} | results:
         if not (found := results.get(name)):
-            rows.append([name] + ["-"] * 4)
+            rows.append([name] + ["-"] * 5)
             continue
         last = [r["history"][-1] for r in found]
         losses = [mean_and_deviation([h[f"{part}_loss"] for h in last], 3) for part in ("train", "validation")]
         baselines = [r for baseline in BASELINES for r in results.get(baseline, [])]
         alike = [r for r in baselines if budget(r) == budget(found[0])]
         against = difference_cell(found, alike) if name not in BASELINES else "-"
-        rows.append([name, *losses, f"{loss_gap(found):+.3f}", against])
+        rows.append([name, *losses, f"{loss_gap(found):+.3f}", as_the_report_validates(found), against])
     return rows if results else []
 
 

@@ -14,7 +14,7 @@ import common
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
-from common import CIFAR10, ROOT, Settings, UserError, find_data_dir, load_checkpoint, set_aside, write_atomic
+from common import CIFAR10, ROOT, SAMPLE_SETTINGS, Settings, UserError, find_data_dir, load_checkpoint, set_aside, write_atomic
 
 
 @pytest.fixture
@@ -232,11 +232,8 @@ def test_fresh_leaves_what_another_process_trains(checkpoint):
 
 
 def test_checkpoint_of_other_settings(checkpoint):
-    settings = Settings(
-        data="cifar10-sample",
-        precision=torch.load(checkpoint, weights_only=True)["settings"]["precision"],
-        learning_rate=1.0,
-    )
+    precision = torch.load(checkpoint, weights_only=True)["settings"]["precision"]
+    settings = Settings(**SAMPLE_SETTINGS | {"learning_rate": 1.0}, precision=precision)
     with pytest.raises(UserError, match=r"trained with other settings \(learning_rate\).*--fresh"):
         load_checkpoint(checkpoint, settings, common.ConvNet())
 

@@ -262,18 +262,22 @@ def test_the_table_of_gaps_compares_every_run_with_the_baseline():
         "crop_flip": [with_losses(validated([70.0, 80.0], 2, right=342), [2.5, 0.5], [1.5, 0.6])],
     }
     rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
-    assert rows["baseline"] == ["0.100", "0.900", "+0.800", "-"]
-    assert rows["crop_flip"][:3] == ["0.500", "0.600", "+0.100"]
-    assert rows["crop_flip"][3].startswith("+5.00 [+")
-    assert rows["dropout_0.6"] == ["-", "-", "-", "-"]
+    assert rows["baseline"] == ["0.100", "0.900", "+0.800", "-", "-"]
+    assert rows["crop_flip"][:4] == ["0.500", "0.600", "+0.100", "-"]
+    assert rows["crop_flip"][4].startswith("+5.00 [+")
+    assert rows["dropout_0.6"] == ["-", "-", "-", "-", "-"]
+    for entry, accuracy, loss in zip(results["crop_flip"][0]["history"], (79.0, 78.0), (0.7, 0.8)):
+        entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": loss}
+    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
+    assert rows["crop_flip"][3] == "79.0, 0.800"
     fewer = {"crop_flip_1epochs": [with_losses(validated([70.0], 1), [2.5], [1.5])]}
     other = {"crop_flip_bf16": [with_losses(validated([70.0, 80.0], 2, precision="bf16"), [2.5, 0.5], [1.5, 0.6])]}
     rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results | fewer | other)}
-    assert rows["crop_flip_1epochs"] == ["2.500", "1.500", "-1.000", "-"]  # not of the baseline's training length
-    assert rows["crop_flip_bf16"][3] == "-"
+    assert rows["crop_flip_1epochs"] == ["2.500", "1.500", "-1.000", "-", "-"]  # not of the baseline's training length
+    assert rows["crop_flip_bf16"][4] == "-"
     del results["baseline"]
     rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
-    assert rows["baseline"][3] == rows["crop_flip"][3] == "-"  # nothing to compare with
+    assert rows["baseline"][4] == rows["crop_flip"][4] == "-"  # nothing to compare with
 
 
 def test_small_multiples_show_all_of_every_curve():
@@ -361,7 +365,7 @@ def test_several_seeds_are_mean_and_standard_deviation():
     ("question", "options", "names"),
     [
         (q2_batchnorm_earlystop, ["--patience", "5", "3"], {"convnet_patience3", "batchnorm_patience3"}),
-        (q3_augment_dropout, ["--dropout", "0.1", "0.9"], {"dropout_0.9"}),
+        (q3_augment_dropout, ["--dropout", "0.1", "0.05"], {"dropout_0.05"}),
     ],
 )
 def test_options_add_runs(question, options, names):
@@ -396,8 +400,6 @@ def test_the_command_line_end_to_end(finished):
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
     assert result["history"][0]["train_loss"] > result["history"][2]["train_loss"]
-    low, _ = result["test"]["best"]["all_10000"]["ci95"]
-    assert low > 10  # better than chance
     assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs
     assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
     assert not (folder / "out/q1").exists()  # never among the full results
@@ -440,7 +442,7 @@ def test_figures_and_gallery_do_not_wait_for_the_last_run(small, tmp_path, monke
 def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
     common.run_question(q1_convnet.QUESTION, ["--replot", "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "| convnet | - | - | - / - | 80.7 / - | - | - |" in text and "**not run**" in text
+    assert "| convnet | - | - | - / - | 80.7 / - | - | - | - |" in text and "**not run**" in text
 
 
 QUESTIONS = [q.QUESTION for q in (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)]
@@ -486,7 +488,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
     }
     gallery = (tmp_path / "sample/README.md").read_text()
     assert "convnet − frozen_other_0123abcd: +0.00 points" in gallery  # question 1's network, in question 4
-    assert " ± 0.0" in gallery and "| crop | - | - | 82.7 / - | 82.9 / - | - | - |" in gallery
+    assert " ± 0.0" in gallery and "| crop | - | - | 82.7 / - | 82.9 / - | - | - | - |" in gallery
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):

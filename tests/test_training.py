@@ -14,7 +14,7 @@ import q3_augment_dropout
 import q4_vgg_transfer
 from common import (
     ROOT,
-    SAMPLE_BATCH_SIZE,
+    SAMPLE_SETTINGS,
     ConvNet,
     HorizontalFlip,
     RandomCrop,
@@ -291,7 +291,7 @@ def test_best_epoch_is_the_first_of_equals():
 
 def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, monkeypatch, capsys):
     """The lock of seed 0 is taken; the other process lets go of it while seed 1 is trained."""
-    settings = Settings(data="cifar10-sample", precision="fp32", batch_size=SAMPLE_BATCH_SIZE)
+    settings = Settings(precision="fp32", **SAMPLE_SETTINGS)
     taken = ExitStack()
     assert taken.enter_context(common.file_lock(tmp_path / f"{settings.key()}.lock"))
     leftover = tmp_path / f".{settings.key()}.pt.host.1.tmp"  # of a process killed while it wrote the checkpoint
@@ -313,7 +313,7 @@ def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, m
 
 def test_where_nothing_else_is_left_it_waits_for_another_process(small, tmp_path, monkeypatch):
     """The lock of the only run is taken until somebody waits for it."""
-    settings = Settings(data="cifar10-sample", precision="fp32", batch_size=SAMPLE_BATCH_SIZE)
+    settings = Settings(precision="fp32", **SAMPLE_SETTINGS)
     path = tmp_path / f"{settings.key()}.lock"
     taken, waits, real = ExitStack(), [], common.file_lock
     assert taken.enter_context(real(path))
