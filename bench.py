@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,32 +49,36 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from augment import HorizontalFlip, augment
 from common import (
-    HorizontalFlip,
-    Parser,
     Run,
     Settings,
     Split,
-    UserError,
-    augment,
-    choose_device,
-    choose_precision,
-    environment,
+    build,
     evaluate,
-    fail,
     find_data_dir,
     generator,
-    keep_large_blocks,
     load_cifar10,
     load_sample,
+    make_optimizer,
     positive,
-    prepare,
     stream_seed,
     train_epoch,
 )
-from machine import Conv2d, ConvolutionAsProduct, Directions, Dropout, product_rule
+from layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, product_rule
+from machine import (
+    Parser,
+    UserError,
+    choose_device,
+    choose_precision,
+    computing_dtype,
+    environment,
+    folder,
+    keep_large_blocks,
+    session,
+)
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
-from q4_vgg_transfer import VGG, VGGRun, compute_features
+from q4_vgg_transfer import VGG, build_vgg, compute_features
 
 LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
@@ -134,7 +139,7 @@ class SampleImages(Dataset):
         return self.transform(self.images[i]), self.labels[i]
 
 
-def plain_loader(settings: Settings, data_dir: str | None, transforms: Sequence[Callable] = ()) -> Iterator:
+def plain_loader(settings: Settings, data_dir: Path | None, transforms: Sequence[Callable] = ()) -> Iterator:
     """The training batches of a DataLoader, epoch after epoch."""
     transform = T.Compose([*transforms, T.ToTensor(), T.Normalize(settings.mean, settings.std)])
     sample = settings.data == "cifar10-sample"
@@ -165,14 +170,14 @@ def evaluation_batches(steps: int) -> int:
 def plain_setup(run: Run, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The run's network of PyTorch's own layers, and the default Adam."""
     torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
-    model = run.network().to(device)
+    model = run.build(run.settings).to(device)
     for module in model.modules():
         module.__class__ = {Conv2d: nn.Conv2d, Dropout: nn.Dropout}.get(type(module), type(module))
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.Adam(trained, run.settings.learning_rate, weight_decay=run.settings.weight_decay)
 
 
-def plain_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
+def plain_loop(run: Run, device: torch.device, data_dir: Path | None) -> Callable:
     """Returns train(steps)."""
     flips = [T.RandomHorizontalFlip(a.p) for a in run.settings.augment if isinstance(a, HorizontalFlip)]
     batches = plain_loader(run.settings, data_dir, flips)
@@ -186,7 +191,7 @@ def plain_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable
     return train
 
 
-def plain_frozen_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
+def plain_frozen_loop(run: Run, device: torch.device, data_dir: Path | None) -> Callable:
     """The frozen backbone in every step. Returns train(steps), one epoch of so many, evaluation included."""
     batches = plain_loader(run.settings, data_dir, [T.RandomHorizontalFlip()])
     model, optimizer = plain_setup(run, device)
@@ -203,7 +208,7 @@ def plain_frozen_loop(run: Run, device: torch.device, data_dir: str | None) -> C
     return train
 
 
-def our_data(settings: Settings, device: torch.device, data_dir: str | None) -> Split:
+def our_data(settings: Settings, device: torch.device, data_dir: Path | None) -> Split:
     """The training images, set up as `common` does."""
     keep_large_blocks()
     choose_device(str(device))  # for what it sets in this process
@@ -223,11 +228,12 @@ def measure_outside(bar: tqdm, split: Split, device: torch.device, outside: list
         setattr(owner, name, timed(getattr(owner, name), device, outside))
 
 
-def our_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
+def our_loop(run: Run, device: torch.device, data_dir: Path | None) -> Callable:
     """What `common.train` sets up. Returns train(steps, outside); `outside` gets the seconds of data and logging."""
     settings = run.settings
     images = our_data(settings, device, data_dir)
-    model, optimizer = prepare(run, device)
+    model = build(run, device)
+    optimizer = make_optimizer(model, settings, device)
     epochs = itertools.count(1)
 
     def train(steps: int, outside: list[float] | None = None) -> int:
@@ -241,11 +247,12 @@ def our_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
     return train
 
 
-def our_frozen_loop(run: Run, device: torch.device, data_dir: str | None) -> Callable:
+def our_frozen_loop(run: Run, device: torch.device, data_dir: Path | None) -> Callable:
     """Question 4's frozen run. Returns train(steps, outside), 30 epochs of so many steps, evaluation included."""
     settings = run.settings
     images = our_data(settings, device, data_dir)
-    model, optimizer = prepare(run, device)
+    model = build(run, device)
+    optimizer = make_optimizer(model, settings, device)
 
     def train(steps: int, outside: list[float] | None = None) -> int:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
@@ -366,7 +373,7 @@ def convolution_shapes(runs: Sequence[Run]) -> list[tuple[int, int, int]]:
         shapes.add((module.in_channels, module.out_channels, inputs[0].shape[-1]))
 
     for run in runs:
-        model = run.network().eval()
+        model = run.build(run.settings).eval()
         for module in model.modules():
             if isinstance(module, Conv2d):
                 module.register_forward_hook(record)
@@ -375,7 +382,9 @@ def convolution_shapes(runs: Sequence[Run]) -> list[tuple[int, int, int]]:
     return sorted(shapes, key=lambda shape: (-shape[2], shape))
 
 
-def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, directions: Directions, rounds: int) -> list[float]:
+def time_convolution(
+    shape: tuple[int, int, int], dtype: torch.dtype, directions: Directions, rounds: int
+) -> list[float]:
     """Median ms of output, gradient of the input and gradient of the weights, for a batch of 200."""
     c_in, c_out, size = shape
     images = torch.randn(200, c_in, size, size).to(dtype, memory_format=torch.channels_last)
@@ -398,7 +407,7 @@ def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, directions
 
 def print_convolutions(runs: Sequence[Run], precision: str, rounds: int) -> None:
     """The second table."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = computing_dtype(precision)
     print(f"\n{'convolutions of 200 images':<28}{'output':>18}{'input gradient':>20}{'weight gradient':>20}")
     print(f"{f'in {precision}, ms':<28}{'PyTorch  product':>18}{'PyTorch  product':>20}{'PyTorch  product':>20}")
     for shape in convolution_shapes(runs):
@@ -439,29 +448,30 @@ def print_augmentation(rows: Sequence[tuple[str, tuple, list]], images: Tensor, 
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of each loop; default 3")
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
     parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download")
-    parser.add_argument("--data-dir", help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
+    parser.add_argument(
+        "--data-dir", type=folder, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    device = choose_device(args.device)
+def run(args: argparse.Namespace, device: torch.device) -> None:
     data = "cifar10-sample" if args.sample else "cifar10"
     settings = Settings(data=data, precision=choose_precision("auto", device))
-    here = environment(device, settings)
+    here = environment(device, settings.precision)
     print(
         f"{here['device']}, {here['threads']} threads; torch {here['torch']}; plain fp32, ours {here['precision']}; "
         f"rounds x steps {args.rounds} x {args.steps}, batches of {settings.batch_size}, {data}"
     )
     vgg = dataclasses.replace(VGG, data=settings.data, precision=settings.precision)
-    convnet, finetune = Run("bench", settings), VGGRun("bench", vgg)
+    convnet, finetune = Run("bench", settings), Run("bench", vgg, build_vgg)
     batch_norm = Run("bench", dataclasses.replace(settings, batch_norm=True))
     dropout = Run("bench", dataclasses.replace(settings, dropout=0.5))
-    frozen = VGGRun("bench", dataclasses.replace(vgg, backbone="frozen"))
+    frozen = Run("bench", dataclasses.replace(vgg, backbone="frozen"), build_vgg)
     loops = [
         ("ConvNet", plain_loop, our_loop, convnet),
         ("ConvNet, batch norm", plain_loop, our_loop, batch_norm),
@@ -481,12 +491,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    try:
-        run(make_parser().parse_args())
-    except UserError as error:
-        sys.exit(fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
+    with session(make_parser(), None) as (args, device):
+        run(args, device)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,102 @@
-"""Question 3: twelve augmentations and six dropout rates.
+"""Question 3: augmentation and dropout.
 
-    python q3_augment_dropout.py                             # 19 runs of 30 epochs
-    python q3_augment_dropout.py --only crop_flip            # one of them
-    python q3_augment_dropout.py --sample                    # the bundled images
-    python q3_augment_dropout.py --preview                   # look at what every augmentation does, train nothing
-    python q3_augment_dropout.py --dropout 0.9 --only dropout_0.9   # a further dropout rate, alone
+    python q3_augment_dropout.py                                 # the baseline and all runs, hours each
+    python q3_augment_dropout.py --list                          # every run, its state, the time left
+    python q3_augment_dropout.py --only crop_flip dropout_0.1    # some of them
+    python q3_augment_dropout.py --sample --only flip_p0.5       # minutes, the bundled images
+    python q3_augment_dropout.py --preview                       # look at what every augmentation does, train nothing
+    python q3_augment_dropout.py --dropout 0.05 --only dropout_0.05    # a further dropout rate, alone
 
 The report: crop + flip (84.6 %) and the full mixture (83.0 %) are the best augmentations; dropout helps a little at
-0.1 (83.5 %) and ruins the network at 0.6 (51.6 %). The baseline is question 1's network at 30 epochs: the same
-trajectory, continued.
+0.1 (83.5 %) and ruins the network at 0.6 (51.6 %). What we found: results/README.md
 
-Here, one seed: on all 10,000 test images crop + flip lifts accuracy from the baseline's 78.7 to 82.9 %, flips alone
-(p = 0.5) to 81.7 % (p = 0.1: 80.3 %), dropout 0.1 to 82.8 %. On the first 1,000 they reach 83.6, 81.9 and 82.8 %, on
-validation 84.8, 84.1 and 85.2 %. After 30 epochs validation loss and training loss differ by 0.03, 0.39 and 0.26,
-instead of 0.79.
+The baseline is question 1's network at 30 epochs, the same trajectory, continued; beside dropout it is read at 20. The
+report's code drops units before the pooling; two runs of ours, `dropout_after_pool`, drop them at the usual place.
 """
 
 import argparse
-import math
 import re
 import statistics
-from pathlib import Path
+import textwrap
+from collections.abc import Sequence
+from functools import partial
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from torch import Tensor
 
+from augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
 from common import (
     VALIDATION_IMAGES,
-    Claim,
-    ColorJitter,
-    GaussianBlur,
-    Grayscale,
-    HorizontalFlip,
-    Question,
-    RandomCrop,
     Run,
     Settings,
-    difference_cell,
+    generator,
+    list_runs,
+    load_sample,
+    make_parser,
+    question_folder,
+    select_runs,
+    train_runs,
+)
+from machine import UserError, on_first, require_writable, session
+from report import (
+    NOT_RUN,
+    Check,
+    Claim,
+    Figure,
+    Finding,
+    Results,
+    Table,
+    as_the_report_validates,
+    beats,
+    best_validation,
+    command,
+    make_difference,
     mean_and_deviation,
     mean_test_accuracy,
     new_axes,
+    new_grid,
     new_panels,
     paired_difference,
     plot_curve,
-    points,
-    run_question,
+    pooled_spread,
+    report_figures,
+    reported,
+    save_figure,
+    shades,
     style_axes,
+    test_interval,
     title,
-    with_seed_noise,
+    write_report,
 )
 
 CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.1)
 BLUR = GaussianBlur(kernel_size=13, sigma=(0.1, 2.0), p=0.2)
 JITTER = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.4)
 
-AUGMENTATIONS = {  # run: augmentation, the report's validation and test accuracy (percent)
-    "flip_p0.1": ((HorizontalFlip(p=0.1),), 82.5, 81.7),
-    "flip_p0.3": ((HorizontalFlip(p=0.3),), 84.3, 82.6),
-    "flip_p0.5": ((HorizontalFlip(p=0.5),), 84.7, 83.0),
-    "flip_p0.7": ((HorizontalFlip(p=0.7),), 84.4, 83.8),
-    "flip_p0.9": ((HorizontalFlip(p=0.9),), 83.1, 78.7),
-    "crop": ((CROP,), 82.7, 82.9),
-    "crop_flip": ((CROP, FLIP), 85.0, 84.6),
-    "grayscale": ((Grayscale(p=0.2),), 80.7, 79.0),
-    "crop_flip_gray": ((CROP, FLIP, GRAY), 82.0, 81.6),
-    "color_jitter": ((JITTER,), 82.1, 81.1),
-    "crop_flip_gray_blur": ((CROP, FLIP, GRAY, BLUR), 82.9, 81.8),
-    "crop_flip_gray_blur_jitter": ((CROP, FLIP, JITTER, GRAY, BLUR), 84.9, 83.0),
+AUGMENTATIONS = {  # run: augmentation
+    "flip_p0.1": (HorizontalFlip(p=0.1),),
+    "flip_p0.3": (HorizontalFlip(p=0.3),),
+    "flip_p0.5": (HorizontalFlip(p=0.5),),
+    "flip_p0.7": (HorizontalFlip(p=0.7),),
+    "flip_p0.9": (HorizontalFlip(p=0.9),),
+    "crop": (CROP,),
+    "crop_flip": (CROP, FLIP),
+    "grayscale": (Grayscale(p=0.2),),
+    "crop_flip_gray": (CROP, FLIP, GRAY),
+    "color_jitter": (JITTER,),
+    "crop_flip_gray_blur": (CROP, FLIP, GRAY, BLUR),
+    "crop_flip_gray_blur_jitter": (CROP, FLIP, JITTER, GRAY, BLUR),
 }
-DROPOUT = {  # rate: the report's test accuracy, from 0.7 on printed in its figures alone
-    0.1: 83.5,
-    0.2: 80.5,
-    0.3: 79.9,
-    0.4: 76.0,
-    0.5: 69.0,
-    0.6: 51.6,
-    0.7: 17.4,
-    0.8: 19.6,
-    0.9: 11.6,
-}
-AFTER_POOL = (0.5, 0.6)  # not in the report: dropout at its usual place
-FLIPS = [name for name in AUGMENTATIONS if name.startswith("flip")]
-SINGLES = [name for name, (augment, *_) in AUGMENTATIONS.items() if len(augment) == 1]
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+AFTER_POOL_RATES = (0.5, 0.6)
+BASELINES = ("baseline", "baseline_20")  # 30 epochs, 20 epochs
+FLIPS = {augmentation[0].p: run for run, augmentation in AUGMENTATIONS.items() if run.startswith("flip")}
+SINGLES = [run for run, augmentation in AUGMENTATIONS.items() if len(augmentation) == 1]
+MIXTURE = "crop_flip_gray_blur_jitter"
 
 
 def dropout_run(rate: float) -> Run:
-    return Run(
-        f"dropout_{rate:g}", Settings(epochs=20, dropout=rate), {"test": DROPOUT[rate]} if rate in DROPOUT else {}
-    )
+    return Run(f"dropout_{rate:g}", Settings(epochs=20, dropout=rate))
 
 
 def after_pool_run(rate: float) -> Run:
@@ -97,67 +105,82 @@ def after_pool_run(rate: float) -> Run:
 
 RUNS = [
     Run("baseline", Settings(epochs=30)),
-    Run("baseline_20", Settings(epochs=20)),  # beside the dropout runs
-    *(
-        Run(name, Settings(epochs=30, augment=augment), {"validation": validation, "test": test})
-        for name, (augment, validation, test) in AUGMENTATIONS.items()
-    ),
-    *map(dropout_run, DROPOUT),
-    *map(after_pool_run, AFTER_POOL),
+    Run("baseline_20", Settings(epochs=20)),
+    *(Run(name, Settings(epochs=30, augment=augmentation)) for name, augmentation in AUGMENTATIONS.items()),
+    *map(dropout_run, RATES),
+    *map(after_pool_run, AFTER_POOL_RATES),
 ]
-BASELINES = ("baseline", "baseline_20")
-REPORTED = {run.name: run.reported["test"] for run in RUNS if "test" in run.reported}  # percent
 
 
-def about_equal(one: str, other: str, results: dict[str, list[dict]], margin: float) -> dict | None:
-    """Criterion of "makes no difference": the 95 % interval of the paired difference lies within +-`margin` points."""
-    found = paired_difference(results.get(one, []), results.get(other, []))
-    if "difference" not in found:
-        return None
-    low, high = found["ci95"]
-    overlaps = low < margin and high > -margin
-    verdict = "holds" if -margin < low and high < margin else "within noise" if overlaps else "does not hold"
-    return {**found, "verdict": verdict, "evidence": f"{one} − {other}: {points(found)}, within ±{margin:g}?"}
+# ------------------------------------------------------------------------------------------------------------ claims
 
 
-def loss_gap(results: list[dict]) -> float:
-    """Validation loss minus training loss in the last epoch, mean over seeds: the gap the report's curves show."""
-    return statistics.mean(r["history"][-1]["validation_loss"] - r["history"][-1]["train_loss"] for r in results)
+def about_equal(one: str, other: str, margin: float) -> Check:
+    """A check that a run makes no difference: the interval of the paired difference lies within +-`margin` points."""
+
+    def check(results: Results) -> Finding:
+        if (found := paired_difference(results, one, other)) is None:
+            return NOT_RUN
+        return Finding(found.verdict((-margin, margin)), f"{one} − {other}: {found.in_words()}, within ±{margin:g}?")
+
+    return check
 
 
-def narrowest_gap(name: str, others: list[str], results: dict[str, list[dict]]) -> dict | None:
-    """Criterion: of all these runs, `name` has the smallest gap between training and validation loss, either way, by
-    more than the noise. A validation loss is a mean over 1,000 images: 1.96 standard errors are 0.12 for question 1's
-    last weights, and 0.17 for the difference of two, as of independent runs; of several seeds: `with_seed_noise`.
-    """
-    runs = [name, *others]
-    seeds = set.intersection(*({r["seed"] for r in results.get(n, [])} for n in runs))
-    if not seeds:
-        return None
-    gaps = {n: abs(loss_gap([r for r in results[n] if r["seed"] in seeds])) for n in runs}
-    rival = min(others, key=gaps.get)
-    lead = gaps[rival] - gaps[name]
-    by_seed = [{r["seed"]: abs(loss_gap([r])) for r in results[n]} for n in (rival, name)]
-    noise = 0.17 * math.sqrt(1000 / VALIDATION_IMAGES[results[name][0]["settings"]["data"]])
-    noise = with_seed_noise(noise, [by_seed[0][seed] - by_seed[1][seed] for seed in seeds])
-    verdict = "within noise" if abs(lead) <= noise else "holds" if lead > 0 else "does not hold"
-    evidence = f"loss gap, noise ±{noise:.2f}: " + ", ".join(f"{n} {gap:.3f}" for n, gap in gaps.items())
-    return {"verdict": verdict, "evidence": evidence, "seeds": len(seeds)}
+def loss_gap(result: dict) -> float:
+    """Validation loss minus training loss in the last epoch: the gap that the report's curves show."""
+    return result["history"][-1]["validation_loss"] - result["history"][-1]["train_loss"]
 
 
-def two_best(results: dict[str, list[dict]], folder: Path) -> dict | None:
-    """Criterion of claim 8: the lesser of the two beats the best of the others (`paired_difference`)."""
-    if not all(name in results for name in AUGMENTATIONS):
-        return None
-    accuracy = {n: mean_test_accuracy(results[n]) for n in AUGMENTATIONS}
-    named = ["crop_flip", "crop_flip_gray_blur_jitter"]
-    lesser = min(named, key=accuracy.get)
-    rival = max((n for n in AUGMENTATIONS if n not in named), key=accuracy.get)
-    found = paired_difference(results[lesser], results[rival])
-    if "difference" not in found:
-        return None
-    ranking = ", ".join(f"{n} {accuracy[n]:.2f}" for n in sorted(accuracy, key=accuracy.get, reverse=True)[:4])
-    return {**found, "evidence": f"best four: {ranking}; {lesser} − {rival}: {points(found)}"}
+def mean_gap(found: Sequence[dict]) -> float:
+    return statistics.mean(map(loss_gap, found))
+
+
+LOSS_ERROR = (
+    0.06  # standard error of a validation loss, a mean over 1,000 images: measured on question 1's last weights
+)
+
+
+def narrowest_gap(run: str, others: Sequence[str]) -> Check:
+    """A check that of all these runs, `run` has the smallest gap between training and validation loss, either way."""
+
+    def check(results: Results) -> Finding:
+        ours, *theirs = results.seeds_of(run, *others)
+        if not ours:
+            return NOT_RUN
+        gaps = {
+            name: {seed: abs(loss_gap(r)) for seed, r in by_seed.items()}
+            for name, by_seed in zip((run, *others), (ours, *theirs))
+        }
+        means = {name: statistics.mean(by_seed.values()) for name, by_seed in gaps.items()}
+        rival = min(others, key=means.get)
+        leads = [gaps[rival][seed] - gaps[run][seed] for seed in ours]
+        data = next(iter(ours.values()))["settings"]["data"]
+        image_variance = 2 * LOSS_ERROR**2 * 1000 / VALIDATION_IMAGES[data]
+        found = make_difference(leads, image_variance, pooled_spread(results.repeated, loss_gap), list(ours.values()))
+        ranking = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=means.get))
+        return Finding(found.verdict(), f"loss gap: {ranking}; {rival} − {run}: {found.in_words('in loss')}")
+
+    return check
+
+
+def two_best(named: Sequence[str], of: Sequence[str]) -> Check:
+    """A check that the lesser of the two named runs beats the best of the others, on the test images."""
+
+    def check(results: Results) -> Finding:
+        if not all(run in results for run in of):
+            return NOT_RUN
+        accuracy = {run: mean_test_accuracy(results[run]) for run in of}
+        lesser = min(named, key=accuracy.get)
+        rival = max((run for run in of if run not in named), key=accuracy.get)
+        found = paired_difference(results, lesser, rival)
+        if found is None:
+            return NOT_RUN
+        ranking = ", ".join(
+            f"{run} {accuracy[run]:.2f}" for run in sorted(accuracy, key=accuracy.get, reverse=True)[:4]
+        )
+        return Finding(found.verdict(), f"best four: {ranking}; {lesser} − {rival}: {found.in_words()}")
+
+    return check
 
 
 CLAIMS = [
@@ -165,40 +188,219 @@ CLAIMS = [
         5,
         "Horizontal flipping helps, best near p=0.5 to 0.7, and p=0.9 hurts.",
         (
-            *((f"flip_p{p}", worse) for p in (0.5, 0.7) for worse in ("baseline", "flip_p0.1", "flip_p0.3")),
-            ("baseline", "flip_p0.9"),
+            *(beats(f"flip_p{p}", other) for p in (0.5, 0.7) for other in ("baseline", "flip_p0.1", "flip_p0.3")),
+            beats("baseline", "flip_p0.9"),
         ),
     ),
     Claim(
         6,
         "Random crop helps; crop + flip is best of the simple ones "
         "and narrows the gap between training and validation.",
-        (("crop", "baseline"), *(("crop_flip", single) for single in SINGLES)),
-        criterion=lambda results, folder: narrowest_gap("crop_flip", ["baseline"], results),
+        (
+            beats("crop", "baseline"),
+            *(beats("crop_flip", single) for single in SINGLES),
+            narrowest_gap("crop_flip", ["baseline"]),
+        ),
     ),
-    Claim(
-        7,
-        "Grayscale alone barely helps or hurts.",
-        criterion=lambda results, folder: about_equal("grayscale", "baseline", results, margin=2.0),
-    ),
+    Claim(7, "Grayscale alone barely helps or hurts.", (about_equal("grayscale", "baseline", margin=2.0),)),
     Claim(
         8,
         "The full mixture (crop, flip, gray, blur, jitter) and crop + flip are the best augmentations.",
-        criterion=two_best,
+        (two_best(["crop_flip", MIXTURE], list(AUGMENTATIONS)),),
     ),
     Claim(
         9,
         "Dropout helps a little at 0.1 to 0.3, then accuracy falls, to 51.6 % at 0.6; "
         "0.2 narrows the train/validation gap the most.",
         (
-            *((f"dropout_{p}", "baseline_20") for p in (0.1, 0.2, 0.3)),
-            *((f"dropout_{p}", f"dropout_{q}") for p, q in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6))),
-        ),
-        criterion=lambda results, folder: narrowest_gap(
-            "dropout_0.2", [f"dropout_{p}" for p in DROPOUT if p != 0.2], results
+            *(beats(f"dropout_{p}", "baseline_20") for p in (0.1, 0.2, 0.3)),
+            *(beats(f"dropout_{p}", f"dropout_{q}") for p, q in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6))),
+            narrowest_gap("dropout_0.2", [f"dropout_{p}" for p in RATES[:6] if p != 0.2]),
         ),
     ),
 ]
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Whatever the runs there are allow."""
+    further = {r[0]["settings"]["dropout"]: run for run, r in results.items() if re.fullmatch(r"dropout_[\d.]+", run)}
+    rates = {0.0: "baseline_20", **{p: dropout_run(p).name for p in RATES}, **further}
+    dropouts = {p: rates[p] for p in sorted(rates) if rates[p] in results}
+    flips = {p: run for p, run in FLIPS.items() if run in results}
+    drawn = {}
+    if any(run in results for run in AUGMENTATIONS):
+        drawn["augmentations.png"] = plot_augmentations(results)
+    if flips:
+        drawn["flip_sweep.png"] = plot_sweep(results, flips, "horizontal flip", "probability of a flip", "baseline")
+    if any(p > 0 for p in dropouts):
+        drawn["dropout_validation.png"] = plot_dropout(results, dropouts)
+        drawn["dropout_bars.png"] = plot_bars(results, dropouts)
+        drawn["dropout_sweep.png"] = plot_sweep(results, dropouts, "dropout", "dropout rate")
+    return drawn
+
+
+def plot_augmentations(results: Results) -> Figure:
+    """Small multiples: losses of every augmentation there is, on common axes."""
+    runs = [run for run in ("baseline", *AUGMENTATIONS) if run in results]
+    columns = min(4, len(runs))
+    rows = -(-len(runs) // columns)
+    figure, grid = new_grid(rows, columns, (4, 3), sharex=True, sharey=True)
+    for axes, run in zip(grid, runs):
+        style_axes(axes, "cross entropy")
+        plot_curve(axes, results[run], "train_loss", "training", color="tab:blue")
+        plot_curve(axes, results[run], "validation_loss", "validation", color="tab:orange")
+        axes.set_title(f"{run}: test {mean_test_accuracy(results[run]):.1f} %", fontsize=10)
+        axes.tick_params(labelbottom=True)
+    grid[0].set_ylim(bottom=0)  # of all: the axes are common
+    grid[0].legend()
+    for axes in grid[len(runs) :]:
+        axes.axis("off")
+    figure.suptitle(title(results[runs[0]][0], "augmentations"))
+    figure.tight_layout()
+    return figure
+
+
+def plot_dropout(results: Results, rates: dict[float, str]) -> Figure:
+    """Validation accuracy over epochs for all dropout rates: the report's Figures 27 to 29 in one."""
+    first = results[next(iter(rates.values()))][0]
+    figure, axes = new_axes(title(first, "dropout before the pooling"), "validation accuracy (%)")
+    for (p, run), color in zip(rates.items(), shades(len(rates))):
+        label = f"{p:g} (loss gap {mean_gap(results[run]):+.2f})"
+        plot_curve(axes, results[run], "validation_accuracy", label, color=color)
+    axes.legend(title="dropout", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def plot_bars(results: Results, rates: dict[float, str]) -> Figure:
+    """The report's Figure 30: best validation accuracy of every rate, as bars."""
+    first = results[next(iter(rates.values()))][0]
+    figure, axes = new_axes(title(first, "the report's Figure 30"), "best validation accuracy (%)")
+    ours = {p: statistics.mean(map(best_validation, results[run])) for p, run in rates.items() if p}
+    theirs = {float(p): value for f in report_figures("q3") for p, value in f.get("bars", {}).items()}
+    axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
+    axes.bar([p + 0.018 for p in theirs], list(theirs.values()), width=0.035, color="0.6", label="report, Figure 30")
+    axes.set(xlabel="dropout rate", xticks=list(RATES))
+    axes.legend()
+    return figure
+
+
+def plot_sweep(results: Results, runs: dict[float, str], heading: str, xlabel: str, baseline: str = "") -> Figure:
+    """Over a rate: test accuracy on all images with its interval, beside the report's numbers and the baseline; and the
+    gap between the losses.
+    """
+    found = {x: results[run] for x, run in runs.items()}
+    ylabels = ("test accuracy (%)", "validation loss − training loss, last epoch")
+    figure, (accuracies, gaps) = new_panels(title(next(iter(found.values()))[0], heading), ylabels, xlabel)
+    means = [mean_test_accuracy(r) for r in found.values()]
+    bounds = np.array([test_interval(r) for r in found.values()])  # [rates, 2]
+    several = any(len(r) > 1 for r in found.values())
+    label = "ours (several seeds: ± standard deviation; one: 95 %)" if several else "ours (95 %)"
+    accuracies.errorbar(list(found), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label=label)
+    theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
+    accuracies.plot(list(theirs), list(theirs.values()), "x", color="gray", label="report, last weights, 1,000 images")
+    gaps.plot(list(found), [mean_gap(r) for r in found.values()], "o-", label="ours")
+    if baseline in results:
+        accuracy, gap = mean_test_accuracy(results[baseline]), mean_gap(results[baseline])
+        accuracies.axhline(accuracy, color="tab:green", linestyle=":", label=f"baseline {accuracy:.1f} %")
+        gaps.axhline(gap, color="tab:green", linestyle=":", label=f"baseline {gap:.2f}")
+    for axes in (accuracies, gaps):
+        axes.xaxis.get_major_locator().set_params(integer=False)
+        axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
+    return figure
+
+
+def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:
+    """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
+    figure, grid = new_grid(len(images), 9, (1.22, 1.3))
+    rng, original = generator(0, 1, "augment"), images.float() / 255
+    for column, axes in enumerate(grid.reshape(len(images), 9).T):
+        drawn = augment(original, augmentations, rng, len(images)) if column else original
+        for ax, image in zip(axes, drawn.clamp(0, 1)):
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.axis("off")
+        axes[0].set_title(f"draw {column}" if column else "original", fontsize=9)
+    figure.suptitle(textwrap.fill(heading, 110), fontsize=10)
+    return figure
+
+
+def preview_runs(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """--preview: one figure for every run with an augmentation, on bundled images."""
+    augmented = [run for run in runs if run.settings.augment]
+    if not augmented:
+        raise UserError("--preview: none of these runs has an augmentation")
+    require_writable(args.output_dir)
+    images = load_sample()["train"].images[[3, 11, 25, 40]]
+    for run in augmented:
+        path = question_folder("q3", args) / run.name / "preview.png"
+        heading = f"{run.name}: {', '.join(map(repr, run.settings.augment))}"
+        save_figure(preview(run.settings.augment, images, heading), path)
+        print(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def tables(results: Results) -> list[Table]:
+    """Every run's losses in the last epoch, and its paired difference in test accuracy (points) to the baseline of as
+    many epochs in the same precision. "-" where there is none.
+    """
+    if not results:
+        return []
+    head = ["run", "training loss", "validation loss", "gap", "best validation, as it is / augmented"]
+    names = dict.fromkeys([*(run.name for run in RUNS), *results])
+    return [[[*head, "run − baseline, test [95 %]", "command"], *(gap_row(name, results) for name in names)]]
+
+
+def gap_row(run: str, results: Results) -> list[str]:
+    if not (found := results.get(run)):
+        return [run, *["-"] * 5, command("q3", run)]
+    last = [r["history"][-1] for r in found]
+    losses = [mean_and_deviation([h[f"{part}_loss"] for h in last], 3) for part in ("train", "validation")]
+    validation = mean_and_deviation([best_validation(r) for r in found])
+    if "augmented_validation_accuracy" in last[0]:
+        augmented = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
+        validation += f" / {mean_and_deviation(augmented)}"
+    difference = "-" if run in BASELINES else to_baseline(run, results)
+    return [run, *losses, f"{mean_gap(found):+.3f}", validation, difference, command("q3", run, found)]
+
+
+def to_baseline(run: str, results: Results) -> str:
+    """Paired difference to the baseline that has as many epochs in the same precision; "-" where there is none."""
+    for baseline in BASELINES:
+        if baseline in results and budget(results[baseline][0]) == budget(results[run][0]):
+            return str(paired_difference(results, run, baseline) or "-")
+    return "-"
+
+
+def budget(result: dict) -> tuple[int, str]:
+    """What two runs must share to be compared."""
+    return len(result["history"]), result["settings"]["precision"]
+
+
+def practices(results: Results) -> list[list[str]]:
+    """Validation on augmented images, and dropout before the pooling: what they are worth."""
+    rows = []
+    if augmented := {run: results[run] for run in AUGMENTATIONS if run in results}:
+        lower = {
+            run: statistics.mean(
+                max(as_the_report_validates(r, "validation_accuracy")) - best_validation(r) for r in found
+            )
+            for run, found in augmented.items()
+        }
+        worth = ", ".join(f"{run} {value:+.1f}" for run, value in lower.items())
+        rows.append(["validates on augmented images (3.1)", f"best validation accuracy, augmented − as it is: {worth}"])
+    for p in AFTER_POOL_RATES:
+        before, after = dropout_run(p).name, after_pool_run(p).name
+        if (found := paired_difference(results, after, before)) is not None:
+            rows.append([f"drops units before the pooling (rate {p:g})", f"after − before, test: {found.in_words()}"])
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- main
 
 
 def rate(text: str) -> float:
@@ -212,147 +414,23 @@ def rate(text: str) -> float:
     return value
 
 
-def more_dropout(runs: list[Run], args: argparse.Namespace) -> list[Run]:
-    """The report's runs, and one for every other dropout rate asked for."""
-    return [*runs, *(dropout_run(p) for p in args.dropout if p not in DROPOUT)]
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--preview", action="store_true", help="draw what each augmentation does, train nothing")
+    more = "further dropout rates to run"
+    parser.add_argument("--dropout", type=rate, nargs="+", default=[], metavar="P", help=more)
+    with session(parser, argv) as (args, device):
+        further = [dropout_run(p) for p in args.dropout if p not in RATES]
+        runs = select_runs([*RUNS, *further], args, device)
+        if args.list:
+            return list_runs("q3", runs, args)
+        if args.preview:
+            return on_first(lambda: preview_runs(runs, args))
+        write = partial(write_report, "q3", __doc__, RUNS, args, CLAIMS, figures, tables, practices)
+        for run in train_runs("q3", runs, args, device):
+            write(redraw=[run.name])
+        write(redraw=None if args.replot else (), show=True)
 
-
-def spread(results: list[dict]) -> tuple[float, float]:
-    """The interval drawn around a test accuracy: Wilson's of one seed, a standard deviation each way of several."""
-    if len(results) == 1:
-        return tuple(results[0]["test"]["best"]["all_10000"]["ci95"])
-    mean, deviation = (
-        mean_test_accuracy(results),
-        statistics.stdev(r["test"]["best"]["all_10000"]["accuracy"] for r in results),
-    )
-    return mean - deviation, mean + deviation
-
-
-def plot_sweep(results: dict[str, list[dict]], points: dict[float, str], heading: str, xlabel: str) -> Figure:
-    """Over a rate: test accuracy on all images with its interval, beside the report's numbers and the baseline; and the
-    gap between the losses.
-    """
-    there = {x: results[name] for x, name in points.items() if name in results}
-    ylabels = ("test accuracy (%)", "validation loss − training loss, last epoch")
-    figure, (accuracies, gaps) = new_panels(title(next(iter(there.values()))[0], heading), ylabels, xlabel)
-    means = [mean_test_accuracy(found) for found in there.values()]
-    bounds = np.array([spread(found) for found in there.values()])  # [rates, 2]
-    several = any(len(found) > 1 for found in there.values())
-    label = "ours (several seeds: ± standard deviation; one: 95 %)" if several else "ours (95 %)"
-    accuracies.errorbar(list(there), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label=label)
-    reported = {x: REPORTED[name] for x, name in points.items() if name in REPORTED}
-    accuracies.plot(list(reported), list(reported.values()), "x", color="gray", label="report, 1,000 images")
-    gaps.plot(list(there), [loss_gap(found) for found in there.values()], "o-", label="ours")
-    if "baseline" in results and 0.0 not in points:
-        value = mean_test_accuracy(results["baseline"])
-        for axes, number, text in (
-            (accuracies, value, f"{value:.1f} %"),
-            (gaps, loss_gap(results["baseline"]), f"{loss_gap(results['baseline']):.2f}"),
-        ):
-            axes.axhline(number, color="tab:green", linestyle=":", label=f"baseline {text}")
-    for axes in (accuracies, gaps):
-        axes.xaxis.get_major_locator().set_params(integer=False)
-        axes.set_xlim(min(points) - 0.05, max(points) + 0.05)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
-    return figure
-
-
-def plot_augmentations(results: dict[str, list[dict]]) -> Figure:
-    """Small multiples: losses of every augmentation there is, on common axes."""
-    names = [name for name in ("baseline", *AUGMENTATIONS) if name in results]
-    columns = min(4, len(names))
-    figure = Figure(figsize=(4 * columns, 3 * -(-len(names) // columns)))
-    grid = figure.subplots(-(-len(names) // columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, name in zip(grid, names):
-        style_axes(axes, "cross entropy")
-        plot_curve(axes, results[name], "train_loss", "training", color="tab:blue")
-        plot_curve(axes, results[name], "validation_loss", "validation", color="tab:orange")
-        axes.set_title(f"{name}: test {mean_test_accuracy(results[name]):.1f} %", fontsize=10)
-        axes.tick_params(labelbottom=True)
-    grid[0].set_ylim(bottom=0)  # of all: the axes are common
-    grid[0].legend()
-    for axes in grid[len(names) :]:
-        axes.axis("off")
-    figure.suptitle(title(results[names[0]][0], "augmentations"))
-    figure.tight_layout()
-    return figure
-
-
-def plot_dropout(results: dict[str, list[dict]], points: dict[float, str]) -> Figure:
-    """The report's Figure 30: validation accuracy over epochs for all dropout rates."""
-    there = {p: results[name] for p, name in points.items() if name in results}
-    heading = title(next(iter(there.values()))[0], "dropout (the report's Figure 30)")
-    figure, axes = new_axes(heading, "validation accuracy (%)")
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(there)))
-    for (p, found), color in zip(there.items(), colors):
-        plot_curve(axes, found, "validation_accuracy", f"{p:g} (loss gap {loss_gap(found):+.2f})", color=color)
-    axes.legend(title="dropout", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return figure
-
-
-def budget(result: dict) -> tuple[int, str]:
-    """What two runs must share to be compared."""
-    return len(result["history"]), result["settings"]["precision"]
-
-
-def as_the_report_validates(results: list[dict]) -> str:
-    """Best accuracy and last loss on augmented validation images; "-" for runs that augment nothing."""
-    if "augmented_validation_loss" not in results[0]["history"][-1]:
-        return "-"
-    best = [max(h["augmented_validation_accuracy"] for h in r["history"]) for r in results]
-    last = [r["history"][-1]["augmented_validation_loss"] for r in results]
-    return f"{mean_and_deviation(best)}, {mean_and_deviation(last, 3)}"
-
-
-def gap_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Every run's losses in the last epoch; its best validation accuracy and last validation loss as the report
-    measures them, on augmented images; and its paired difference in test accuracy (points) to the baseline of as many
-    epochs in the same precision. "-" where there is none.
-    """
-    augmented = "on augmented images: best accuracy, last loss"
-    rows = [["run", "training loss", "validation loss", "gap", augmented, "run − baseline, test [95 %]"]]
-    for name in {run.name: run for run in RUNS} | results:
-        if not (found := results.get(name)):
-            rows.append([name] + ["-"] * 5)
-            continue
-        last = [r["history"][-1] for r in found]
-        losses = [mean_and_deviation([h[f"{part}_loss"] for h in last], 3) for part in ("train", "validation")]
-        baselines = [r for baseline in BASELINES for r in results.get(baseline, [])]
-        alike = [r for r in baselines if budget(r) == budget(found[0])]
-        against = difference_cell(found, alike) if name not in BASELINES else "-"
-        rows.append([name, *losses, f"{loss_gap(found):+.3f}", as_the_report_validates(found), against])
-    return rows if results else []
-
-
-def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
-    """Whatever the runs there are allow."""
-    rates = {r[0]["settings"]["dropout"]: n for n, r in results.items() if re.fullmatch(r"dropout_[\d.]+", n)}
-    rates = dict(sorted({0.0: "baseline_20", **{p: dropout_run(p).name for p in DROPOUT}, **rates}.items()))
-    drawn = {}
-    if any(name in results for name in AUGMENTATIONS):
-        drawn["augmentations.png"] = plot_augmentations(results)
-    if any(name in results for name in FLIPS):
-        flips = {AUGMENTATIONS[name][0][0].p: name for name in FLIPS}
-        drawn["flip_sweep.png"] = plot_sweep(results, flips, "horizontal flip", "probability of a flip")
-    if any(name in results for rate, name in rates.items() if rate):
-        drawn["dropout_validation.png"] = plot_dropout(results, rates)
-        drawn["dropout_sweep.png"] = plot_sweep(results, rates, "dropout", "dropout rate")
-    return drawn
-
-
-QUESTION = Question(
-    "q3",
-    "Question 3: augmentation and dropout",
-    __doc__,
-    RUNS,
-    CLAIMS,
-    figures,
-    gap_table,
-    options={
-        "--dropout": {"type": rate, "nargs": "+", "default": [], "metavar": "P", "help": "further dropout rates to run"}
-    },
-    configure=more_dropout,
-)
 
 if __name__ == "__main__":
-    run_question(QUESTION)
+    main()

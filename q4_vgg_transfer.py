@@ -6,11 +6,7 @@
 
 The report: with frozen ImageNet features and a new head, validation accuracy oscillates between 61 and 66 %; fine-tuned
 it reaches 89.9 % (test 89.2), from scratch 87.7 % (test 87.3). Question 1's network stands beside them, where
-q1_convnet.py has trained it.
-
-Here, with Tiny-ImageNet features in place of ImageNet's (not the report's setting), of all 10,000 test
-images: frozen 77.9 % [77.1, 78.7], within noise of question 1's network; fine-tuned 88.3 % [87.7, 89.0];
-from scratch 85.2 % [84.5, 85.9].
+q1_convnet.py has trained it. What we found: results/README.md
 
 The report's frozen backbone has no gradients but stays in training mode: it normalises by every batch's statistics, and
 its running statistics move. That is `frozen_train_mode`. Beside it, `frozen` keeps the backbone in evaluation mode: it
@@ -18,37 +14,45 @@ always makes the same features of an image, so they are computed once, for every
 epochs train the head on those.
 """
 
-import argparse
 import functools
 import hashlib
+import pickle
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
-from common import (
+from augment import HorizontalFlip
+from common import Run, Settings, Split, autocast, init_linear, list_runs, make_parser, select_runs, train_runs
+from layers import fast_convolutions
+from machine import UserError, rank, session
+from report import (
+    GREY,
+    Check,
     Claim,
-    HorizontalFlip,
-    Question,
-    Run,
-    Settings,
-    Split,
-    UserError,
-    autocast,
-    init_linear,
-    judge,
+    Figure,
+    Finding,
+    Results,
+    Table,
+    beats,
+    command,
+    load_arrays,
     new_axes,
+    new_grid,
+    paired_difference,
     plot_curve,
-    rank,
-    run_question,
+    report_figures,
+    style_axes,
     title,
+    write_report,
 )
-from machine import fast_convolutions
 
 IMAGENET = VGG11_BN_Weights.IMAGENET1K_V1
 VGG = Settings(
@@ -61,6 +65,9 @@ VGG = Settings(
     weight_decay=0.0,
     epochs=30,
 )
+
+
+# ----------------------------------------------------------------------------------------------------------- network
 
 
 class VGG11(nn.Module):
@@ -92,9 +99,15 @@ class VGG11(nn.Module):
         return self.head(inputs)
 
 
-def weights_file(source: str) -> Path:
-    """The file of `source`; torchvision's lies where torch keeps what it has downloaded, its hash begun in its name."""
-    return Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name) if source == "imagenet" else Path(source)
+def build_vgg(settings: Settings, source: str | None = None) -> VGG11:
+    """The network, its backbone with the weights of `source` (see `load_weights`), or fresh."""
+    model = VGG11(settings.backbone, pretrained=source is not None)
+    if source is not None:
+        model.features.load_state_dict(load_weights(source))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
 
 
 def sha256(path: Path) -> str:
@@ -103,42 +116,71 @@ def sha256(path: Path) -> str:
 
 @functools.cache
 def load_weights(source: str) -> dict[str, Tensor]:
-    """The backbone's state dict, float32: from torchvision ("imagenet", hash checked), or a file with its `features.*`.
+    """The backbone's state dict, float32: from torchvision ("imagenet", hash checked), or from a file.
 
     Raises UserError where they are not to be had, or are not those of vgg11_bn.
     """
-    try:
-        if source == "imagenet":
-            cached = weights_file(source)
-            if cached.exists() and not sha256(cached).startswith(
-                cached.stem.split("-")[1]
-            ):  # torch does not look again
-                raise ValueError(f"{cached} is damaged: its SHA-256 is another; delete it")
-            state = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
-        else:
-            state = torch.load(source, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch; a download in the network
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        what = (
-            f"torchvision's {IMAGENET} cannot be loaded"
-            if source == "imagenet"
-            else f"--weights {source} is not a state dict"
-        )
-        raise UserError(f"{what} ({reason}); give --weights another file, or none") from error
+    loaded = imagenet_weights() if source == "imagenet" else file_weights(source)
     with torch.device("meta"):  # only the shapes
-        expected = {f"features.{name}": tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
-    shapes = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if wrong := [name for name, shape in expected.items() if shapes.get(name) != shape]:
+        expected = {name: tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
+    tensors = feature_tensors(loaded)
+    if wrong := [name for name, shape in expected.items() if getattr(tensors.get(name), "shape", None) != shape]:
         raise UserError(
             f"--weights {source}: {len(wrong)} of vgg11_bn's {len(expected)} feature tensors are missing or of another "
-            f"shape ({wrong[0]}, ...); give a state dict of torchvision's vgg11_bn or of its features"
+            f"shape (features.{wrong[0]}, ...); give a state dict of torchvision's vgg11_bn or of its features"
         )
-    tensors = {name.removeprefix("features."): state[name] for name in expected}
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return {name: tensors[name].float() if tensors[name].is_floating_point() else tensors[name] for name in expected}
+
+
+def imagenet_weights() -> dict:
+    """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
+    if cached.exists() and not sha256(cached).startswith(cached.stem.split("-")[1]):  # torch does not look again
+        raise UserError(f"{cached} is damaged: its SHA-256 is another; delete it and run again")
+    try:
+        return IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
+    except Exception as error:  # the network, or the hash
+        raise UserError(
+            f"torchvision's {IMAGENET} cannot be loaded ({first_line(error)}); give --weights another file, or none"
+        ) from error
+
+
+def file_weights(path: str):
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--weights {path} holds more than tensors (a whole module?), which could run any code; "
+            "save its weights alone: torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
+        raise UserError(
+            f"--weights {path} is not a state dict ({first_line(error)}); give --weights another file, or none"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def feature_tensors(loaded) -> dict[str, Tensor]:
+    """The tensors of vgg11_bn's features by their names in `features`, from the usual forms of a saved state dict:
+    as it is or under "state_dict", of DataParallel ("module."), of the whole network or of `features` alone.
+    """
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    names = {name: str(name).removeprefix("module.").removeprefix("features.") for name in state}
+    return {short: state[name] for name, short in names.items() if isinstance(state[name], Tensor)}
+
+
+# ---------------------------------------------------------------------------------------------------------- features
 
 
 class FeatureSplit(Split):
     """The backbone's features of every image and of its mirror image, float32 [N, 2, 512], in place of the images."""
+
+    def __init__(self, features: Tensor, labels: Tensor):
+        super().__init__(features, labels)
+        self.features = features
 
     def batch(self, index, settings, rng=None, part=slice(None)):
         """As `Split.batch`, with the same draws: features [b, 512], of the mirror image where the draw says so."""
@@ -146,7 +188,7 @@ class FeatureSplit(Split):
         mirrored = torch.zeros(len(index), dtype=torch.bool)
         if rng is not None:
             (mirrored,) = settings.augment[0].draw(len(index), rng)
-        return self.images[chosen, mirrored[part].long().to(self.labels.device)], self.labels[chosen]
+        return self.features[chosen, mirrored[part].long().to(self.labels.device)], self.labels[chosen]
 
 
 @torch.no_grad()
@@ -163,69 +205,60 @@ def compute_features(model: VGG11, split: Split, settings: Settings, mirror: boo
     return FeatureSplit(torch.cat(features), split.labels)
 
 
-@dataclass(frozen=True)
-class VGGRun(Run):
-    """A run of VGG11_bn from the weights of `source`: "imagenet", a file, or "none"."""
-
-    source: str = "none"
-
-    def network(self) -> VGG11:
-        model = VGG11(self.settings.backbone, pretrained=self.source != "none")
-        if self.source != "none":
-            model.features.load_state_dict(load_weights(self.source))
-        return model
-
-    def provenance(self) -> dict:
-        return {} if self.source == "none" else {"weights_sha256": sha256(weights_file(self.source))}
-
-    def inputs(self, model: VGG11, data: dict[str, Split]) -> dict[str, Split]:
-        if self.settings.backbone != "frozen":
-            return data
-        return {n: compute_features(model, s, self.settings, n != "test", n) for n, s in data.items()}
+def frozen_features(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
+    """What the head is fed, in place of the images; test images are never mirrored."""
+    return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
 
 
-def transfer_runs(source: str, label: str, weights: str, reported: bool = False) -> list[Run]:
-    """Frozen both ways and fine-tuned from these weights; `weights` is their name and hash, kept in the results."""
-    finetune = replace(VGG, weights=weights)
-    train_mode = replace(finetune, backbone="frozen, training mode")
-    numbers = [{"validation": "61-66"}, {"validation": 89.9, "test": 89.2}] if reported else [{}, {}]
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def transfer_runs(source: str, label: str, weights: str) -> list[Run]:
+    """Frozen both ways and fine-tuned from the weights of `source`; `weights` is their name and hash, kept in results."""
+    build, finetune = partial(build_vgg, source=source), replace(VGG, weights=weights)
+    train_mode, frozen = replace(finetune, backbone="frozen, training mode"), replace(finetune, backbone="frozen")
     return [
-        VGGRun(f"frozen_train_mode_{label}", train_mode, numbers[0], source),
-        VGGRun(f"frozen_{label}", replace(finetune, backbone="frozen"), {}, source),
-        VGGRun(f"finetune_{label}", finetune, numbers[1], source),
+        Run(f"frozen_train_mode_{label}", train_mode, build),
+        Run(f"frozen_{label}", frozen, build, frozen_features),
+        Run(f"finetune_{label}", finetune, build),
     ]
 
 
-SCRATCH = VGGRun("scratch", VGG, {"validation": 87.7, "test": 87.3})
-RUNS = [*transfer_runs("imagenet", "imagenet", f"{IMAGENET} {Path(IMAGENET.url).name}", reported=True), SCRATCH]
+SCRATCH = Run("scratch", VGG, build_vgg)
+RUNS = [*transfer_runs("imagenet", "imagenet", f"{IMAGENET} {Path(IMAGENET.url).name}"), SCRATCH]
 
 
-def with_weights(runs: list[Run], args: argparse.Namespace) -> list[Run]:
+def with_weights(weights: str) -> list[Run]:
     """The runs, starting from the weights asked for; from others than torchvision's they are named by file and hash."""
-    if args.weights == "imagenet":
-        return runs
-    if args.weights == "none":
+    if weights == "imagenet":
+        return RUNS
+    if weights == "none":
         return [SCRATCH]
-    path = Path(args.weights)
+    path = Path(weights).expanduser()
     try:
         digest = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read --weights {path}: {error.strerror}") from error
     load_weights(str(path))  # before anything is trained
-    return [*transfer_runs(str(path), f"{path.stem}_{digest[:8]}", f"{path.name} sha256:{digest}"), SCRATCH]
+    label = f"{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem)}_{digest[:8]}"
+    return [*transfer_runs(str(path), label, f"{path.name} sha256:{digest}"), SCRATCH]
 
 
-def transfer_pairs(label: str) -> tuple[tuple[str, str], ...]:
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def transfer_checks(label: str) -> tuple[Check, ...]:
     """Claim 10's comparisons, with the weights of this label."""
     frozen, finetune = f"frozen_train_mode_{label}", f"finetune_{label}"
-    return ("convnet", frozen), (finetune, "scratch"), (finetune, "convnet")
+    return beats("convnet", frozen), beats(finetune, "scratch"), beats(finetune, "convnet")
 
 
-def stand_ins(results: dict[str, list[dict]], folder: Path) -> dict | None:
+def stand_ins(results: Results) -> Finding:
     """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
-    names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", name) for name in results]
-    pairs = [pair for label in sorted({name[1] for name in names if name}) for pair in transfer_pairs(label)]
-    return judge(Claim(10, "", tuple(pairs)), results, folder) if pairs else None
+    names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", run) for run in results]
+    labels = sorted({name[1] for name in names if name})
+    found = Claim(10, "", tuple(check for label in labels for check in transfer_checks(label))).judge(results)
+    return Finding(found["verdict"], found["evidence"]) if labels else Finding("not run")
 
 
 CLAIMS = [
@@ -233,56 +266,91 @@ CLAIMS = [
         10,
         "A frozen ImageNet VGG11_bn is worse than the own network trained from scratch; fine-tuning it is best (89.2), "
         "above training the same network from scratch (87.3).",
-        transfer_pairs("imagenet"),
+        transfer_checks("imagenet"),
     ),
-    Claim(10, "The same with other weights than ImageNet's: not the report's setting.", criterion=stand_ins),
+    Claim(10, "The same with other weights than ImageNet's: not the report's setting.", (stand_ins,)),
 ]
 
 
-def figures(results: dict[str, list[dict]]) -> dict[str, Figure]:
+def figures(results: Results) -> dict[str, Figure]:
     """The validation curves of all runs in the same axes, and question 1's network."""
-    first = next(iter(results.values()), [{}])[0]
-    if first.get("question") != "q4":
+    own = {run: found for run, found in results.items() if found[0]["question"] == "q4"}
+    if not own:
         return {}
-    figure, axes = new_axes(title(first, "VGG11_bn and question 1's network"), "validation accuracy (%)")
-    for name, found in results.items():
-        own = found[0]["question"] == "q4"
-        plot_curve(axes, found, "validation_accuracy", name if own else f"question 1's {name}", ls="-" if own else "--")
+    figure, axes = new_axes(title(next(iter(own.values()))[0], "VGG11_bn and question 1's network"), "accuracy (%)")
+    for run, found in results.items():
+        label, style = (run, "-") if run in own else (f"question 1's {run}", "--")
+        plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
     axes.legend(fontsize=8)
-    return {"transfer.png": figure}
+    drawn = {"transfer.png": figure}
+    if trained := [run for run in own if run == "scratch" or run.startswith("finetune_")]:
+        drawn["steps.png"] = plot_steps(results, trained)
+    return drawn
 
 
-def parameter_rows(results: dict[str, list[dict]]) -> list[list[str]]:
+def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
+    """The report's Figures 32a and 33a: training loss of every step; the report's epoch means in the middle of epochs."""
+    figure, panels = new_grid(1, len(runs), (7, 4.5), sharey=True)
+    for axes, run in zip(panels, runs):
+        losses = load_arrays(results.folder / run, results[run][0])["step_losses"]  # [epochs, steps]
+        steps = losses.shape[1]
+        style_axes(axes, "training loss (cross entropy)", "step")
+        axes.plot(range(1, losses.size + 1), losses.ravel(), linewidth=0.4, label="every step")
+        means = (np.arange(len(losses)) + 0.5) * steps
+        axes.plot(means, losses.mean(1), color="tab:orange", label="mean of every epoch")
+        for theirs in report_figures("q4", run):
+            if "train_loss" in theirs:
+                middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps
+                label = f"report, Figure {theirs['figure']}, mean of every epoch"
+                axes.plot(middle, theirs["train_loss"], color=GREY, linewidth=1, linestyle="--", label=label)
+        axes.set(title=run, ylim=(0, None))
+        axes.legend()
+    figure.suptitle(title(results[runs[0]][0], "training loss of every step"))
+    return figure
+
+
+def tables(results: Results) -> list[Table]:
     """Parameters of backbone and head, and how many of them are trained."""
-    rows = [["run", "backbone", "head", "trained", "starts from"]]
-    for name, (result, *_) in results.items():
-        backbone, head = (
-            sum(r["parameters"] for r in result["parameters"]["layers"] if r["layer"].startswith("features") == first)
-            for first in (True, False)
-        )
-        trained = result["parameters"]["trainable"]
-        rows.append([name, f"{backbone:,}", f"{head:,}", f"{trained:,}", result["settings"]["weights"]])
-    return rows if results else []
+    rows = []
+    for run, (result, *_) in results.items():
+        if result["question"] == "q4":
+            layers = result["parameters"]["layers"]
+            backbone = sum(row["parameters"] for row in layers if row["layer"].startswith("features"))
+            head = sum(row["parameters"] for row in layers) - backbone
+            trained, weights = result["parameters"]["trainable"], result["settings"]["weights"]
+            rows.append([run, f"{backbone:,}", f"{head:,}", f"{trained:,}", weights, command("q4", run, [result])])
+    return [[["run", "backbone", "head", "trained", "starts from", "command"], *rows]] if rows else []
 
 
-QUESTION = Question(
-    "q4",
-    "Question 4: VGG11_bn, frozen, fine-tuned and from scratch",
-    __doc__,
-    RUNS,
-    CLAIMS,
-    figures,
-    parameter_rows,
-    beside={"convnet": "q1"},
-    options={
-        "--weights": {
-            "default": "imagenet",
-            "metavar": "WHAT",
-            "help": "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none",
-        }
-    },
-    configure=with_weights,
-)
+def practices(results: Results) -> list[list[str]]:
+    """The frozen backbone in training mode: what it is worth."""
+    rows = []
+    for run in results:
+        if run.startswith("frozen_train_mode_"):
+            fixed = run.replace("_train_mode", "")
+            if (found := paired_difference(results, fixed, run)) is not None:
+                what = "keeps the frozen backbone in training mode"
+                rows.append([what, f"{fixed} − {run}, test: {found.in_words()}"])
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    what = "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none"
+    parser.add_argument("--weights", default="imagenet", metavar="WHAT", help=what)
+    with session(parser, argv) as (args, device):
+        runs = select_runs(with_weights(args.weights), args, device)
+        if args.list:
+            return list_runs("q4", runs, args)
+        beside = {"convnet": "q1"}
+        write = partial(write_report, "q4", __doc__, RUNS, args, CLAIMS, figures, tables, practices, beside)
+        for run in train_runs("q4", runs, args, device):
+            write(redraw=[run.name])
+        write(redraw=None if args.replot else (), show=True)
+
 
 if __name__ == "__main__":
-    run_question(QUESTION)
+    main()

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.transforms.v2.functional import to_pil_image
 
 import q3_augment_dropout
-from common import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
+from augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
 
 AUGMENTATIONS = [
     HorizontalFlip(p=0.5),
@@ -321,7 +321,7 @@ def test_repr_holds_every_setting(augmentation):
 
 
 def test_every_run_of_question_3_is_a_trajectory_of_its_own():
-    runs = q3_augment_dropout.QUESTION.runs
+    runs = q3_augment_dropout.RUNS
     twice = {"baseline", "baseline_20"}  # one trajectory, read at 30 and at 20 epochs
     assert len(runs) == 25 and len({run.settings.key() for run in runs}) == 24
     assert len({run.settings.key() for run in runs if run.name in twice}) == 1

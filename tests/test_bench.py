@@ -1,8 +1,7 @@
 import torch
 
 import bench
-import common
-from common import Run, Settings, prepare, train_epoch
+from common import Run, Settings, build, make_optimizer, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -20,12 +19,11 @@ class Silent:
 def test_both_loops_take_the_same_step(small):
     """In float32, on the same batch, the plain loop's step is ours: the bench compares speed alone."""
     settings = Settings(data="cifar10-sample", precision="fp32", batch_size=120)
-    ours, optimizer = prepare(Run("bench", settings), CPU)
-    train_epoch(ours, optimizer, small["train"], settings, 1, Silent())
-    torch.manual_seed(common.stream_seed(settings.seed, 0, "init"))
-    plain = common.ConvNet()
+    run = Run("bench", settings)
+    ours = build(run, CPU)
+    train_epoch(ours, make_optimizer(ours, settings, CPU), small["train"], settings, 1, Silent())
+    plain, adam = bench.plain_setup(run, CPU)
     images, labels = small["train"].batch(torch.arange(120), settings)
-    adam = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=1e-3)
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     bench.plain_epoch(plain, adam, iter([(images.contiguous(), labels)]), 1, CPU)
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):

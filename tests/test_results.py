@@ -1,5 +1,7 @@
 import math
+import re
 import shutil
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -10,10 +12,28 @@ import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
-from common import Claim, Grayscale, correct_images, judge, load_result, paired_difference, score, wilson_interval
+import report
+from augment import Grayscale
+from common import ROOT, correct_images, load_result, make_parser, score, select_runs
 from q1_convnet import filters_become_smooth, smoothness
-from q2_batchnorm_earlystop import better_on_validation, patience_pays, stopping_table
-from q3_augment_dropout import about_equal, narrowest_gap, spread
+from q2_batchnorm_earlystop import restores_others
+from q3_augment_dropout import about_equal, narrowest_gap, two_best
+from report import (
+    Claim,
+    Difference,
+    Results,
+    beats,
+    make_difference,
+    overfits,
+    paired_difference,
+    pooled_spread,
+    t_quantile,
+    validation_difference,
+    verdict,
+    wilson_interval,
+)
+
+QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)
 
 
 @pytest.mark.parametrize(
@@ -37,117 +57,184 @@ def test_score_counts_what_it_says():
     ).to(torch.uint8)
     scored = score(predictions, labels, epoch=3)
     right = (predictions == labels).numpy()
-    assert scored["all_10000"]["accuracy"] == pytest.approx(100 * right.mean(), abs=1e-3)
-    assert scored["first_1000"]["accuracy"] == pytest.approx(100 * right[:1000].mean(), abs=1e-3)
-    assert scored["all_10000"]["ci95"] == pytest.approx(wilson_interval(int(right.sum()), 10_000), abs=0.01)
+    assert scored["all_images"]["accuracy"] == pytest.approx(100 * right.mean(), abs=1e-3)
+    assert scored["report_images"]["accuracy"] == pytest.approx(100 * right[:1000].mean(), abs=1e-3)
     np.testing.assert_array_equal(correct_images(scored), right)
     confusion = np.array(scored["confusion"])
     np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels, minlength=10))
     assert confusion[3, 5] == int(((labels == 3) & (predictions == 5)).sum())
-    assert scored["per_class"]["dog"] == pytest.approx(100 * confusion[5, 5] / confusion[5].sum(), abs=0.01)
+    assert scored["report_images"]["images"] == 1000 and scored["all_images"]["images"] == 10_000
 
 
-def as_results(correct: np.ndarray) -> list[dict]:
-    """Results of a run with the given correctness, bool [seeds, images]."""
-    labels = torch.zeros(correct.shape[1], dtype=torch.long)
-    return [
-        {
-            "seed": s,
-            "settings": {"precision": "fp32"},
-            "test": {"best": score(torch.from_numpy(np.where(c, 0, 1)), labels, 1)},
-        }
-        for s, c in enumerate(correct)
-    ]
+def as_results(correct: np.ndarray, validation: float = 80.0) -> list[dict]:
+    """Results of a run with the given correctness, bool [seeds, images]; every one a training of its own."""
+    labels, results = torch.zeros(correct.shape[1], dtype=torch.long), []
+    for seed, right in enumerate(correct):
+        scored = score(torch.from_numpy(np.where(right, 0, 1)), labels, 1)
+        history = [{"epoch": 1, "validation_accuracy": validation, "digest": hash(right.tobytes())}]
+        settings = {"precision": "fp32", "data": "cifar10"}
+        test = {"best": scored, "last": scored}
+        results.append({"seed": seed, "settings": settings, "history": history, "best_epoch": 1, "test": test})
+    return results
 
 
 def draw(accuracy: float, seeds: int, seed: int, images: int = 10_000) -> np.ndarray:
     return np.random.default_rng(seed).random((seeds, images)) < accuracy
 
 
-def test_paired_interval_with_one_seed_is_the_closed_form():
+def test_student_quantiles_against_the_tables():
+    for df, exact in ((3, 3.1824), (6, 2.4469), (10, 2.2281), (30, 2.0423), (1e9, 1.95996)):
+        assert t_quantile(df) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("interval", "zone", "expected"),
+    [
+        ((0.1, 2.0), (0, math.inf), "holds"),
+        ((-0.1, 2.0), (0, math.inf), "within noise"),
+        ((-2.0, -0.1), (0, math.inf), "does not hold"),
+        ((0.0, 0.0), (0, math.inf), "within noise"),  # no difference at all
+        ((-1.0, 1.0), (-2, 2), "holds"),
+        ((-1.0, 3.0), (-2, 2), "within noise"),
+        ((2.5, 3.0), (-2, 2), "does not hold"),
+        ((-math.inf, -math.inf), (5, math.inf), "does not hold"),
+    ],
+)
+def test_a_verdict_says_whether_the_interval_lies_in_the_zone(interval, zone, expected):
+    assert verdict(interval, zone) == expected
+
+
+def test_the_spread_of_seeds_is_pooled_over_settings():
+    groups = [[{"x": 80.0}, {"x": 82.0}], [{"x": 10.0}, {"x": 10.0}, {"x": 13.0}]]
+    found = pooled_spread(groups, lambda r: r["x"])
+    assert found.df == 3 and found.deviation == pytest.approx(math.sqrt((2 + 6) / 3))
+    assert pooled_spread(groups[:1], lambda r: r["x"]) is None  # one degree of freedom says too little
+
+
+def test_paired_interval_without_repeated_settings_is_that_of_the_images():
     a, b = draw(0.82, 1, 0), draw(0.80, 1, 1)
-    found = paired_difference(as_results(a), as_results(b))
+    found = paired_difference(Results({"a": as_results(a), "b": as_results(b)}), "a", "b")
     difference = a[0].astype(int) - b[0]
-    error = 1.96 * difference.std() / math.sqrt(difference.size)
-    assert found["difference"] == pytest.approx(100 * difference.mean(), abs=0.01)
-    assert found["ci95"] == pytest.approx(
-        [100 * (difference.mean() - error), 100 * (difference.mean() + error)], abs=0.06
-    )
+    error = 196 * difference.std() / math.sqrt(difference.size)
+    assert found.value == pytest.approx(100 * difference.mean(), abs=1e-6) and not found.training
+    assert found.interval == pytest.approx((found.value - error, found.value + error), abs=0.001)
+    assert "without the noise of training" in found.in_words()
 
 
-def test_paired_interval_with_seeds_is_brute_force_resampling():
-    a, b = draw(0.82, 3, 2, images=400), draw(0.80, 3, 3, images=400)
-    a[2] |= draw(0.3, 1, 4, images=400)[0]  # seeds that differ
-    rng, means = np.random.default_rng(9), []
-    for _ in range(6000):
-        drawn = np.ix_(rng.choice(3, 3), rng.choice(400, 400))
-        means.append(a[drawn].mean() - b[drawn].mean())
-    found = paired_difference(as_results(a), as_results(b))
-    assert found["seeds"] == 3
-    assert found["ci95"] == pytest.approx(100 * np.percentile(means, [2.5, 97.5]), abs=0.5)
+def test_an_interval_with_the_noise_of_training_covers_as_often_as_it_says():
+    """Brute force: two settings that differ by 1 point, three seeds each, a spread of 0.8 points measured on 7 others."""
+    rng, covered, trials = np.random.default_rng(3), 0, 2000
+    for _ in range(trials):
+        others = [[{"x": v} for v in rng.normal(80, 0.8, 3)] for _ in range(3)]
+        spread = pooled_spread(others, lambda r: r["x"])
+        images = rng.normal(0, 0.3)  # shared by all seeds
+        values = (1 + images + rng.normal(0, 0.8, 3) - rng.normal(0, 0.8, 3)).tolist()
+        low, high = make_difference(values, 0.3**2, spread, []).interval
+        covered += low < 1 < high
+    assert 0.94 < covered / trials < 0.965
+
+
+def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
+    a, b = draw(0.82, 2, 0), draw(0.80, 2, 1)
+    repeated = [as_results(draw(p, 3, seed)) for seed, p in enumerate((0.79, 0.80, 0.81), 5)]
+    one = Results({"a": as_results(a[:1]), "b": as_results(b[:1])})
+    alone = paired_difference(one, "a", "b")
+    one.repeated = repeated
+    widened = paired_difference(one, "a", "b")
+    two = paired_difference(Results({"a": as_results(a), "b": as_results(b)}, repeated), "a", "b")
+    widths = [d.interval[1] - d.interval[0] for d in (two, widened, alone)]
+    assert widths[0] < widths[1] > widths[2] and widened.training and two.seeds == 2
+    assert "2 seeds" in two.in_words() and "without the noise" not in two.in_words()
 
 
 def test_pairing_makes_the_interval_narrower():
     a = draw(0.80, 1, 5)
     b = a.copy()
     b[0, np.flatnonzero(a[0])[:100]] = False  # worse on 100 images, equal on all others
-    low, high = paired_difference(as_results(a), as_results(b))["ci95"]
+    low, high = paired_difference(Results({"a": as_results(a), "b": as_results(b)}), "a", "b").interval
     assert 0.7 < low < 1.0 < high < 1.3
 
 
-def test_best_and_last_weights_of_one_run_are_compared_on_the_same_images():
+def test_best_and_last_weights_of_one_training_differ_by_no_noise_of_training():
     run = as_results(draw(0.8, 1, 6))[0]
     last = correct_images(run["test"]["best"])
     last[np.flatnonzero(last)[:100]] = False  # worse on 100 images of 10,000
-    run["test"]["last"] = as_results(last[None])[0]["test"]["best"]
-    found = paired_difference([run], [run], weights=("best", "last"))
-    assert found["difference"] == 1.0 and found["verdict"] == "holds"
-    assert paired_difference([run], [run], weights=("last", "best"))["difference"] == -1.0
+    run["test"] = run["test"] | {"last": as_results(last[None])[0]["test"]["best"]}
+    results = Results({"a": [run]}, [as_results(draw(0.8, 4, 9))])
+    found = paired_difference(results, "a", "a", weights=("best", "last"))
+    assert found.value == pytest.approx(1.0) and found.verdict() == "holds" and found.training
+    assert 0.7 < found.interval[0]  # of the images alone
+    assert paired_difference(results, "a", "a", weights=("last", "best")).value == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "verdict"), [(0.85, 0.80, "holds"), (0.80, 0.85, "does not hold"), (0.80, 0.80, "within noise")]
+    ("better", "worse", "expected"),
+    [(0.85, 0.80, "holds"), (0.80, 0.85, "does not hold"), (0.80, 0.80, "within noise")],
 )
-def test_verdicts(tmp_path, better, worse, verdict):
-    results = {"a": as_results(draw(better, 1, 6)), "b": as_results(draw(worse, 1, 7))}
-    found = judge(Claim(1, "a beats b", (("a", "b"),)), results, tmp_path)
-    assert found["verdict"] == verdict and "the noise of training is not included" in found["evidence"]
+def test_beats(better, worse, expected):
+    results = Results({"a": as_results(draw(better, 1, 6)), "b": as_results(draw(worse, 1, 7))})
+    assert beats("a", "b")(results).verdict == expected
+    assert beats("a", "missing")(results).verdict == "not run"
 
 
-def test_a_comparison_of_two_precisions_says_so(tmp_path):
+def test_a_comparison_of_two_precisions_says_so():
     one, other = as_results(draw(0.8, 1, 6)), as_results(draw(0.8, 1, 7))
-    assert "trained in" not in judge(Claim(1, "", (("a", "b"),)), {"a": one, "b": other}, tmp_path)["evidence"]
+    assert "trained in" not in beats("a", "b")(Results({"a": one, "b": other})).evidence
     other[0]["settings"]["precision"] = "bf16"
-    assert (
-        "trained in bf16 and fp32" in judge(Claim(1, "", (("a", "b"),)), {"a": one, "b": other}, tmp_path)["evidence"]
+    assert "trained in bf16 and fp32" in beats("a", "b")(Results({"a": one, "b": other})).evidence
+
+
+def test_a_claim_of_several_parts():
+    results = Results(
+        {n: as_results(draw(p, 1, seed)) for seed, (n, p) in enumerate((("a", 0.9), ("b", 0.8), ("c", 0.7)))}
     )
 
+    def judged(*pairs):
+        return Claim(1, "text", tuple(beats(*pair) for pair in pairs)).judge(results)["verdict"]
 
-def test_verdicts_of_several_comparisons(tmp_path):
-    results = {"a": as_results(draw(0.9, 1, 6)), "b": as_results(draw(0.8, 1, 7)), "c": as_results(draw(0.7, 1, 8))}
+    assert judged(("a", "b"), ("b", "c")) == "holds"
+    assert judged(("a", "b"), ("c", "b")) == "does not hold"
+    assert judged(("a", "b"), ("b", "missing")) == "not run"
+    assert judged(("c", "b"), ("b", "missing")) == "does not hold"
 
-    def verdict(*comparisons):
-        return judge(Claim(1, "text", comparisons), results, tmp_path)["verdict"]
 
-    assert verdict(("a", "b"), ("b", "c")) == "holds"
-    assert verdict(("a", "b"), ("c", "b")) == "does not hold"
-    assert verdict(("a", "b"), ("b", "missing")) == "not run"
-    assert judge(Claim(1, "text", (("a", "missing"),)), {}, tmp_path)["verdict"] == "not run"
+def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
+    def compare(a: float, b: float, data: str = "cifar10") -> Difference:
+        results = {}
+        for seed, (name, value) in enumerate((("a", a), ("b", b))):
+            results[name] = as_results(draw(0.8, 1, seed), value)
+            results[name][0]["settings"]["data"] = data
+        return validation_difference(Results(results), "a", "b")
+
+    assert compare(86.0, 82.0).verdict() == "holds"
+    assert compare(82.0, 86.0).verdict() == "does not hold"
+    assert compare(82.1, 82.0).verdict() == "within noise"
+    close = compare(84.5, 82.0)  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
+    assert close.interval[1] - close.value == pytest.approx(3.27, abs=0.01)
+    sample = compare(60.0, 51.0, "cifar10-sample")  # 200 images
+    assert sample.interval[1] - sample.value == pytest.approx(9.7, abs=0.05)
+    assert validation_difference(Results({}), "a", "b") is None
+
+
+def with_history(**curves: list[float]) -> dict:
+    """A result with these entries over epochs."""
+    epochs = range(len(next(iter(curves.values()))))
+    history = [{"epoch": e + 1} | {name: values[e] for name, values in curves.items()} for e in epochs]
+    return {"seed": 0, "history": history, "settings": {"data": "cifar10", "precision": "fp32"}}
 
 
 def test_overfitting_criterion():
-    def run(train, validation):
-        history = [
-            {"epoch": i, "train_loss": t, "validation_loss": v} for i, (t, v) in enumerate(zip(train, validation), 1)
-        ]
-        return [{"seed": 0, "history": history}]
+    def found(train, *validation):
+        runs = [with_history(train_loss=train, validation_loss=v) | {"seed": s} for s, v in enumerate(validation)]
+        return overfits("a")(Results({"a": runs})).verdict
 
-    assert common.overfits([]) is None
-    once = judge(common.overfitting_claim("a"), {"a": run([2, 1], [1, 2])}, None)
-    assert once["evidence"].endswith("One seed: the noise of training is not included")
-    assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "holds"
-    assert common.overfits(run([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 0.9, 0.8]))["verdict"] == "does not hold"
-    assert common.overfits(run([2.0, 1.0, 1.1, 1.2], [1.5, 1.0, 1.1, 1.4]))["verdict"] == "does not hold"  # diverges
+    assert overfits("a")(Results({})).verdict == "not run"
+    assert found([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4]) == "holds"
+    assert found([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 0.9, 0.8]) == "does not hold"
+    assert found([2.0, 1.0, 1.1, 1.2], [1.5, 1.0, 1.1, 1.4]) == "does not hold"  # diverges
+    assert (
+        found([2.0, 1.0, 0.5, 0.2], [1.5, 1.0, 1.1, 1.4], [1.5, 1.0, 0.9, 0.8]) == "within noise"
+    )  # one seed each way
 
 
 def test_smoothness_of_known_filters():
@@ -162,92 +249,75 @@ def test_smoothness_of_known_filters():
 def test_filter_criterion(tmp_path):
     rng = np.random.default_rng(0)
     noise, ramp = rng.normal(size=(128, 3, 3, 3)), np.tile([[1.0, 0, -1]], (128, 3, 3, 1))
+    (tmp_path / "convnet").mkdir()
 
-    def verdict(before, after):
-        np.savez_compressed(tmp_path / "seed0.npz", before=before, best=after, last=after)
-        return filters_become_smooth([{"seed": 0}], tmp_path)["verdict"]
+    def found(before, after):
+        arrays = {"before": before, "best": after, "last": after, "step_losses": np.zeros((1, 1))}
+        np.savez_compressed(tmp_path / "convnet/seed0.npz", **arrays)
+        return filters_become_smooth("convnet")(Results({"convnet": [{"seed": 0}]}, folder=tmp_path))
 
-    assert verdict(noise, noise + ramp) == "holds"
-    assert verdict(noise, noise) == "within noise"
-    assert verdict(noise + ramp, noise) == "does not hold"
-    assert filters_become_smooth([], tmp_path) is None
+    assert found(noise, noise + ramp).verdict == "holds"
+    assert "the report's own filters: before 33.0 %, after 46.7 %" in found(noise, noise + ramp).evidence
+    assert found(noise, noise).verdict == "within noise"
+    assert found(noise + ramp, noise).verdict == "does not hold"
+    assert found(noise + 0.3 * ramp, noise + ramp).verdict == "within noise"  # no white noise before
+    assert filters_become_smooth("convnet")(Results({})).verdict == "not run"
 
 
-def test_criteria_of_question_3():
-    results = {"a": as_results(draw(0.80, 1, 6)), "b": as_results(draw(0.80, 1, 7)), "c": as_results(draw(0.7, 1, 8))}
-    assert about_equal("a", "b", results, margin=2.0)["verdict"] == "holds"
-    assert about_equal("a", "b", results, margin=0.5)["verdict"] == "within noise"
-    assert about_equal("a", "c", results, margin=2.0)["verdict"] == "does not hold"
-    assert about_equal("a", "missing", results, margin=2.0) is None
-    gaps = {"zero": 0.1, "close": 0.14, "wide": 0.9, "negative": -0.5}
+def test_making_no_difference():
+    accuracies = (("a", 0.80), ("b", 0.80), ("c", 0.7))
+    results = Results({n: as_results(draw(p, 1, seed)) for seed, (n, p) in enumerate(accuracies, 6)})
+    assert about_equal("a", "b", margin=2.0)(results).verdict == "holds"
+    assert about_equal("a", "b", margin=0.5)(results).verdict == "within noise"
+    assert about_equal("a", "c", margin=2.0)(results).verdict == "does not hold"
+    assert about_equal("a", "missing", margin=2.0)(results).verdict == "not run"
 
+
+def test_the_narrowest_gap():
     def with_gap(gap: float, seed: int = 0, data: str = "cifar10") -> dict:
-        history = [{"train_loss": 1.0, "validation_loss": 1.0 + gap}]
-        return {"seed": seed, "history": history, "settings": {"data": data}}
+        result = with_history(train_loss=[1.0], validation_loss=[1.0 + gap]) | {"seed": seed}
+        result["settings"]["data"] = data
+        return result
 
-    histories = {n: [with_gap(gap)] for n, gap in gaps.items()}
-    assert narrowest_gap("zero", ["wide", "negative"], histories)["verdict"] == "holds"
-    assert narrowest_gap("negative", ["wide", "zero"], histories)["verdict"] == "does not hold"
-    assert narrowest_gap("zero", ["close", "wide"], histories)["verdict"] == "within noise"
-    assert narrowest_gap("close", ["zero", "wide"], histories)["verdict"] == "within noise"
-    assert narrowest_gap("zero", ["missing"], histories) is None
-    histories["wide"].append(with_gap(0.0, seed=1))
-    assert narrowest_gap("zero", ["wide"], histories)["seeds"] == 1  # the other seed has nothing to compare with
-    assert narrowest_gap("zero", ["wide"], histories)["verdict"] == "holds"
-    sample = {"zero": [with_gap(0.1, data="cifar10-sample")], "wide": [with_gap(0.45, data="cifar10-sample")]}
-    assert narrowest_gap("zero", ["wide"], sample)["verdict"] == "within noise"  # 200 images: 0.17 times sqrt(5)
-    seeds = {
-        "zero": [with_gap(gap, seed) for seed, gap in enumerate([0.0, 0.5])],
-        "wide": [with_gap(0.6, seed) for seed in range(2)],
-    }
-    assert narrowest_gap("zero", ["wide"], seeds)["verdict"] == "within noise"  # leads of 0.6 and 0.1
-
-
-def test_the_two_best_augmentations_must_beat_the_third_beyond_noise(tmp_path):
-    accuracy = dict.fromkeys(q3_augment_dropout.AUGMENTATIONS, 0.7) | {"crop_flip": 0.85, "crop": 0.8}
-
-    def found(mixture: float) -> dict:
-        values = accuracy | {"crop_flip_gray_blur_jitter": mixture}
-        results = {n: as_results(draw(value, 1, seed)) for seed, (n, value) in enumerate(values.items())}
-        return q3_augment_dropout.two_best(results, tmp_path)
-
-    assert found(0.83)["verdict"] == "holds" and "crop_flip_gray_blur_jitter − crop:" in found(0.83)["evidence"]
-    assert found(0.8)["verdict"] == "within noise"
-    assert found(0.75)["verdict"] == "does not hold"
-    assert "crop_flip − crop:" in found(0.9)["evidence"]  # the lesser of the two decides
-    del accuracy["grayscale"]
-    assert found(0.83) is None
+    gaps = {"zero": 0.1, "close": 0.14, "wide": 0.9, "negative": -0.5}
+    results = Results({name: [with_gap(gap)] for name, gap in gaps.items()})
+    assert narrowest_gap("zero", ["wide", "negative"])(results).verdict == "holds"
+    assert narrowest_gap("negative", ["wide", "zero"])(results).verdict == "does not hold"
+    assert narrowest_gap("zero", ["close", "wide"])(results).verdict == "within noise"
+    assert narrowest_gap("close", ["zero", "wide"])(results).verdict == "within noise"
+    assert narrowest_gap("zero", ["missing"])(results).verdict == "not run"
+    results["wide"].append(with_gap(0.0, seed=1))
+    assert narrowest_gap("zero", ["wide"])(results).verdict == "holds"  # the other seed has nothing to compare with
+    gaps = {"zero": [with_gap(0.1, data="cifar10-sample")], "wide": [with_gap(0.45, data="cifar10-sample")]}
+    assert narrowest_gap("zero", ["wide"])(Results(gaps)).verdict == "within noise"  # 200 images: sqrt(5) times 0.17
+    repeated = [[with_gap(gap, seed) for seed, gap in enumerate((0.0, 0.5, 1.0, 1.5))]]
+    results = Results({"zero": [with_gap(0.1)], "wide": [with_gap(0.9)]}, repeated)
+    assert narrowest_gap("zero", ["wide"])(results).verdict == "within noise"  # seeds differ by more
 
 
-def validated(accuracies: list[float], best: int, right: int = 322, **settings) -> dict:
+def test_the_two_best_augmentations_must_beat_the_third_beyond_noise():
+    runs = {"crop_flip": 0.85, "crop": 0.8, "flip": 0.7, "mixture": 0.83}
+    check = two_best(["crop_flip", "mixture"], list(runs))
+
+    def found(**changes: float):
+        return check(Results({n: as_results(draw(p, 1, seed)) for seed, (n, p) in enumerate((runs | changes).items())}))
+
+    assert found().verdict == "holds" and "mixture − crop:" in found().evidence
+    assert found(mixture=0.8).verdict == "within noise"
+    assert found(mixture=0.75).verdict == "does not hold"
+    assert "crop_flip − crop:" in found(mixture=0.9).evidence  # the lesser of the two decides
+    assert check(Results({"crop_flip": [], "mixture": []})).verdict == "not run"
+
+
+def validated(accuracies: list[float], best: int, right: int = 322, run: str = "a", **settings) -> dict:
     """A result with this validation accuracy over epochs, 10 seconds each, and `right` of 400 test images."""
-    history = [{"validation_accuracy": accuracy, "seconds": 10.0} for accuracy in accuracies]
+    result = with_history(validation_accuracy=accuracies, seconds=[10.0] * len(accuracies))
     labels = torch.zeros(400, dtype=torch.long)
     test = {
         name: score((torch.arange(400) >= count).long(), labels, 1) for name, count in (("best", right), ("last", 317))
     }
-    settings = {"data": "cifar10", "patience": None, "precision": "fp32"} | settings
-    return {"seed": 0, "history": history, "best_epoch": best, "test": test, "settings": settings}
-
-
-def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
-    results = {name: [validated([value], 1)] for name, value in (("a", 86.0), ("b", 82.0), ("c", 82.1))}
-    assert better_on_validation("a", "b", results)["verdict"] == "holds"
-    assert better_on_validation("b", "a", results)["verdict"] == "does not hold"
-    assert better_on_validation("c", "b", results)["verdict"] == "within noise"
-    assert better_on_validation("a", "missing", results) is None
-    close = {"a": [validated([84.5], 1)], "b": [validated([82.0], 1)]}  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
-    assert "noise ±3.3" in better_on_validation("a", "b", close)["evidence"]
-    sample = {"a": [validated([60.0], 1, data="cifar10-sample")], "b": [validated([51.0], 1, data="cifar10-sample")]}
-    assert "noise ±9.7" in better_on_validation("a", "b", sample)["evidence"]  # 200 images
-    four = {name: [found[0] | {"seed": seed} for seed in range(4)] for name, found in close.items()}
-    assert "noise ±3.3" in better_on_validation("a", "b", four)["evidence"]  # the same 1,000 images four times
-    apart = {
-        name: [validated([value], 1) | {"seed": seed} for seed, value in enumerate(values)]
-        for name, values in (("a", [96.0, 84.0]), ("b", [84.0, 84.0]))
-    }  # +12 and 0: 1.96 * 8.49 / sqrt(2) = 11.8, and 2.9 of the images
-    assert "noise ±12.1" in better_on_validation("a", "b", apart)["evidence"]
-    assert better_on_validation("a", "b", apart)["verdict"] == "within noise"
+    settings = result["settings"] | {"patience": None, "weights": "none", "epochs": len(accuracies)} | settings
+    return result | {"run": run, "best_epoch": best, "test": test, "settings": settings}
 
 
 def with_losses(result: dict, train: list[float], validation: list[float]) -> dict:
@@ -257,27 +327,29 @@ def with_losses(result: dict, train: list[float], validation: list[float]) -> di
 
 
 def test_the_table_of_gaps_compares_every_run_with_the_baseline():
+    def rows_of(results: dict) -> dict[str, list[str]]:
+        (table,) = q3_augment_dropout.tables(Results(results))
+        return {row[0]: row[1:-1] for row in table}
+
     results = {
         "baseline": [with_losses(validated([70.0, 80.0], 2), [1.5, 0.1], [1.4, 0.9])],
-        "crop_flip": [with_losses(validated([70.0, 80.0], 2, right=342), [2.5, 0.5], [1.5, 0.6])],
+        "crop_flip": [with_losses(validated([70.0, 80.5], 2, right=342), [2.5, 0.5], [1.5, 0.6])],
     }
-    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
-    assert rows["baseline"] == ["0.100", "0.900", "+0.800", "-", "-"]
-    assert rows["crop_flip"][:4] == ["0.500", "0.600", "+0.100", "-"]
+    rows = rows_of(results)
+    assert rows["baseline"] == ["0.100", "0.900", "+0.800", "80.0", "-"]
+    assert rows["crop_flip"][:4] == ["0.500", "0.600", "+0.100", "80.5"]
     assert rows["crop_flip"][4].startswith("+5.00 [+")
-    assert rows["dropout_0.6"] == ["-", "-", "-", "-", "-"]
-    for entry, accuracy, loss in zip(results["crop_flip"][0]["history"], (79.0, 78.0), (0.7, 0.8)):
-        entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": loss}
-    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
-    assert rows["crop_flip"][3] == "79.0, 0.800"
+    assert rows["dropout_0.6"] == ["-"] * 5
+    for entry, accuracy in zip(results["crop_flip"][0]["history"], (79.0, 78.0)):
+        entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": 0.7}
+    assert rows_of(results)["crop_flip"][3] == "80.5 / 79.0"
     fewer = {"crop_flip_1epochs": [with_losses(validated([70.0], 1), [2.5], [1.5])]}
     other = {"crop_flip_bf16": [with_losses(validated([70.0, 80.0], 2, precision="bf16"), [2.5, 0.5], [1.5, 0.6])]}
-    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results | fewer | other)}
-    assert rows["crop_flip_1epochs"] == ["2.500", "1.500", "-1.000", "-", "-"]  # not of the baseline's training length
+    rows = rows_of(results | fewer | other)
+    assert rows["crop_flip_1epochs"][4] == "-"  # not of the baseline's training length
     assert rows["crop_flip_bf16"][4] == "-"
     del results["baseline"]
-    rows = {row[0]: row[1:] for row in q3_augment_dropout.gap_table(results)}
-    assert rows["baseline"][4] == rows["crop_flip"][4] == "-"  # nothing to compare with
+    assert rows_of(results)["crop_flip"][4] == "-"  # nothing to compare with
 
 
 def test_small_multiples_show_all_of_every_curve():
@@ -285,37 +357,47 @@ def test_small_multiples_show_all_of_every_curve():
         name: [with_losses(validated([70.0, 80.0], 2), [highest, 0.1], [1.4, 0.9])]
         for name, highest in (("baseline", 1.5), ("flip_p0.1", 2.0), ("crop_flip", 2.5))
     }
-    for axes in q3_augment_dropout.figures(results)["augmentations.png"].axes[:3]:
+    for axes in q3_augment_dropout.figures(Results(results))["augmentations.png"].axes[:3]:
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 2.5
 
 
 def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then():
-    five, seven = validated([70.0, 80.0, 79.0], 2, patience=5), validated([70.0, 80.0, 79.0, 78.0], 2, patience=7)
-    results = {"batchnorm_patience5": [five], "batchnorm_patience7": [seven]}
-    assert "both restore the same weights" in patience_pays(results)["evidence"]
-    other = validated([71.0, 80.0, 79.0, 78.0], 2, patience=7)  # the same epoch of another training
-    results["batchnorm_patience7"] = [other]
-    assert "restore" not in patience_pays(results)["evidence"]
+    five, seven = validated([70.0, 80.0, 79.0], 2), validated([70.0, 80.0, 79.0, 78.0], 2)
+    results = Results({"batchnorm_patience5": [five], "batchnorm_patience7": [seven]})
+    assert restores_others(results).evidence == "both restore the same weights"
+    results["batchnorm_patience7"] = [validated([71.0, 80.0, 79.0, 78.0], 2)]  # the same epoch of another training
+    assert "restore different weights" in restores_others(results).evidence
 
 
 def test_the_table_of_stopping_rules():
-    full = [70.0, 80.0, 79.0, 78.0, 81.0]
-    results = {
-        "batchnorm_patience2": [validated(full[:4], 2, patience=2)],
-        "convnet_full": [validated(full, 5, right=342)],
-        "convnet_patience10": [validated(full, 5, right=342, patience=10)],
-        "convnet_patience2": [validated(full[:4], 2, patience=2)],
-        "convnet_full_30epochs": [validated(full, 5)],  # no rule of the report's 50 epochs
-    }
-    _, stopped, never, unstopped, alone = stopping_table(results)  # in order of network and patience
-    assert stopped[:5] == ["convnet, patience 2", "4", "2", "80.0 / 80.50", "78.0 / 79.25"]
+    full = [70.0, 80.0, 79.0, 80.0, 78.0, 81.0]  # the tie in epoch 4 does not count
+
+    def named(run: str, result: dict) -> dict:
+        return {run: [result | {"run": run}]}
+
+    results = Results(
+        named("batchnorm_patience2", validated(full[:5], 2, patience=2))
+        | named("convnet_full", validated(full, 6, right=342))
+        | named("convnet_patience10", validated(full, 6, right=342, patience=10))
+        | named("convnet_patience2", validated(full[:5], 2, patience=2))
+        | named("convnet_full_30epochs", validated(full, 6))  # no rule of the report's 50 epochs
+    )
+    ((_, stopped, never, unstopped, alone),) = q2_batchnorm_earlystop.tables(results)  # by network and patience
+    assert stopped[:5] == ["convnet_patience2", "5", "2", "80.0 / 80.50", "78.0 / 79.25"]
     assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10" and stopped[7].startswith("+5.00 [+")
-    assert never[:3] == ["convnet, patience 10", "5 (did not stop)", "5"]
-    assert unstopped[:3] == ["convnet, no early stopping", "5", "5"]
-    assert unstopped[-2:] == ["0, 00:00", "+0.00 [+0.00, +0.00]"]
-    assert alone[-2:] == ["-", "-"]  # nothing to compare with
-    results["convnet_full"] = [validated([71.0, *full[1:]], 5)]  # another training
-    assert stopping_table(results)[1][-2:] == ["-", "-"]
+    assert stopped[8] == "python q2_batchnorm_earlystop.py --only convnet_patience2"
+    assert never[:3] == ["convnet_patience10", "6 (did not stop)", "6"]
+    assert unstopped[:3] == ["convnet_full", "6", "6"]
+    assert unstopped[6:8] == ["0, 00:00", "+0.00 [+0.00, +0.00]"]
+    assert alone[0] == "batchnorm_patience2" and alone[6:8] == ["-", "-"]  # nothing to compare with
+    results |= named("convnet_full", validated([71.0, *full[1:]], 6))  # another training
+    assert q2_batchnorm_earlystop.tables(results)[0][1][6:8] == ["-", "-"]
+
+
+def test_what_a_tie_changes_for_early_stopping():
+    full = {"convnet_full": [validated([70.0, 80.0, 79.0, 80.0, 78.0, 77.0, 76.0, 75.0, 81.0], 9)]}
+    (row,) = q2_batchnorm_earlystop.practices(Results(full))
+    assert row[1] == "convnet, patience 5: ends after epoch 8; if a tie counted, after epoch 7"
 
 
 def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
@@ -337,28 +419,76 @@ def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
         "convnet_patience9": rule(9, whole["history"]),  # never stops
         "convnet_patience4": rule(4, other),
     }
-    figure = q2_batchnorm_earlystop.figures(results)["early_stopping.png"]
+    figure = q2_batchnorm_earlystop.figures(Results(results))["early_stopping.png"]
     for axes in figure.axes:
         assert {t.get_text(): t.get_position()[0] for t in axes.texts} == {"1": 3, "2": 4, "3": 5}
 
 
 def test_seeds_that_stopped_after_different_epochs_are_drawn_whole():
-    _, axes = common.new_axes("", "accuracy (%)")
-    common.plot_curve(axes, [validated([70.0, 80.0], 2)] * 2, "validation_accuracy", "a")
+    _, axes = report.new_axes("", "accuracy (%)")
+    report.plot_curve(axes, [validated([70.0, 80.0], 2)] * 2, "validation_accuracy", "a")
     assert len(axes.lines) == 1  # the mean
     stopped = [validated([70.0, 80.0], 2), validated([70.0, 80.0, 79.0], 2)]
-    common.plot_curve(axes, stopped, "validation_accuracy", "b")
+    report.plot_curve(axes, stopped, "validation_accuracy", "b")
     assert [len(line.get_xdata()) for line in axes.lines[1:]] == [2, 3]
     assert axes.get_legend_handles_labels()[1] == ["a", "b"]
 
 
+def test_a_single_epoch_is_a_dot():
+    _, axes = report.new_axes("", "accuracy (%)")
+    report.plot_curve(axes, [validated([70.0], 1)], "validation_accuracy", "one")
+    report.plot_curve(axes, [validated([70.0, 71.0], 2)], "validation_accuracy", "two")
+    assert [line.get_marker() for line in axes.lines] == ["o", "None"]
+
+
 def test_several_seeds_are_mean_and_standard_deviation():
-    assert common.mean_and_deviation([80.0]) == "80.0"
-    assert common.mean_and_deviation([80.0, 82.0]) == "81.0 ± 1.4"
+    assert report.mean_and_deviation([80.0]) == "80.0"
+    assert report.mean_and_deviation([80.0, 82.0]) == "81.0 ± 1.4"
     several = as_results(np.repeat([[True] * 80 + [False] * 20, [True] * 82 + [False] * 18], 100, axis=1))
-    assert common.mean_test_accuracy(several) == pytest.approx(81.0)
-    assert spread(several) == pytest.approx((81 - math.sqrt(2), 81 + math.sqrt(2)))
-    assert spread(several[:1]) == pytest.approx(wilson_interval(8000, 10_000), abs=0.01)
+    assert report.mean_test_accuracy(several) == pytest.approx(81.0)
+    assert report.test_interval(several) == pytest.approx((81 - math.sqrt(2), 81 + math.sqrt(2)))
+    assert report.test_interval(several[:1]) == pytest.approx(wilson_interval(8000, 10_000), abs=0.01)
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_reports_figures_are_all_there():
+    figures = [f["figure"] for f in report.the_report()["figures"]]
+    assert [int("".join(filter(str.isdigit, f))) for f in figures] == sorted(
+        int("".join(filter(str.isdigit, f))) for f in figures
+    )
+    assert {int("".join(filter(str.isdigit, f))) for f in figures} == set(range(1, 34))
+    names = {question.__name__[:2]: {run.name for run in question.RUNS} for question in QUESTIONS}
+    for figure in report.the_report()["figures"]:
+        runs = [f"dropout_{p}" for p in figure["bars"]] if "bars" in figure else [figure["run"]]
+        assert set(runs) <= names[figure["question"]], figure["figure"]
+    for question, numbers in report.the_report()["numbers"].items():
+        assert set(numbers) <= names[question]
+
+
+def test_the_distance_is_the_mean_absolute_difference_over_the_epochs_both_have():
+    figure = {"validation_accuracy": [70.0, 80.0, 85.0], "train_loss": [1.0, 0.5]}
+    ours = with_history(validation_accuracy=[72.0, 79.0], train_loss=[1.1, 0.6])
+    assert report.distance(figure, [ours], "validation_accuracy") == pytest.approx(1.5)
+    assert report.distance(figure, [ours], "train_loss") == pytest.approx(0.1)
+    assert report.distance(figure, [ours], "validation_loss") is None
+    augmented = with_history(validation_accuracy=[72.0, 79.0], augmented_validation_accuracy=[70.0, 76.0])
+    assert report.distance(figure, [augmented], "validation_accuracy") == pytest.approx(2.0)  # as the report validates
+
+
+def test_a_runs_figures_carry_the_reports_curves():
+    curve = {"train_loss": [1.0, 0.5], "validation_loss": [1.0, 0.8], "validation_accuracy": [60.0, 70.0]}
+    result = with_history(**curve) | {"question": "q3", "run": "crop_flip", "best_epoch": 2}
+    labels = report.plot_losses([result]).axes[0].get_legend_handles_labels()[1]
+    assert labels[2:] == ["report, Figure 21: training", "report, Figure 21: validation"]
+    axes = report.plot_accuracy([result]).axes[0]
+    assert axes.get_legend_handles_labels()[1][-1] == "report, Figure 21"
+    theirs = next(f for f in report.the_report()["figures"] if f["figure"] == "21")
+    assert axes.lines[-1].get_ydata().tolist() == theirs["validation_accuracy"]
+
+
+# ------------------------------------------------------------------------------------------------------ command line
 
 
 @pytest.mark.parametrize(
@@ -368,24 +498,28 @@ def test_several_seeds_are_mean_and_standard_deviation():
         (q3_augment_dropout, ["--dropout", "0.1", "0.05"], {"dropout_0.05"}),
     ],
 )
-def test_options_add_runs(question, options, names):
-    args = common.make_parser(question.QUESTION).parse_args(options)
-    runs = {run.name: run for run in common.select_runs(question.QUESTION, args, torch.device("cpu"))}
-    assert runs.keys() - {run.name for run in question.RUNS} == names
-    if "--patience" in options:  # no training of their own
-        assert runs["batchnorm_patience3"].settings.key() == runs["batchnorm_full"].settings.key()
+def test_options_add_runs(question, options, names, tmp_path, capsys):
+    question.main(["--list", *options, f"--checkpoint-dir={tmp_path}", f"--output-dir={tmp_path}"])
+    shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "seed 0" in line}
+    assert shown - {run.name for run in question.RUNS} == names
+
+
+def test_a_further_patience_is_no_training_of_its_own():
+    stopped = q2_batchnorm_earlystop.stopped("batchnorm", 3)
+    assert stopped.settings.key() == q2_batchnorm_earlystop.BATCHNORM.key()
+
+
+def selected(*options: str) -> list:
+    return select_runs(q3_augment_dropout.RUNS, make_parser("").parse_args(options), torch.device("cpu"))
 
 
 def test_only_keeps_the_order_asked_for():
-    args = common.make_parser(q3_augment_dropout.QUESTION).parse_args(["--only", "dropout_0.1", "crop", "crop"])
-    runs = common.select_runs(q3_augment_dropout.QUESTION, args, torch.device("cpu"))
-    assert [run.name for run in runs] == ["dropout_0.1", "crop"]
+    assert [run.name for run in selected("--only", "dropout_0.1", "crop", "crop")] == ["dropout_0.1", "crop"]
 
 
 @pytest.mark.parametrize("name", ["crop", "crop_3epochs"])
 def test_only_takes_the_names_that_list_shows(name):
-    args = common.make_parser(q3_augment_dropout.QUESTION).parse_args(["--epochs", "3", "--only", name])
-    (run,) = common.select_runs(q3_augment_dropout.QUESTION, args, torch.device("cpu"))
+    (run,) = selected("--epochs", "3", "--only", name)
     assert run.name == "crop_3epochs" and run.settings.epochs == 3
 
 
@@ -395,17 +529,18 @@ def test_the_command_line_end_to_end(finished):
     assert err.count("img/s") == 3 and "\r" not in err  # not a terminal: one line per epoch
     run = folder / "out/sample/q1/convnet_3epochs"
     names = {path.name for path in run.iterdir()}
-    figures = {f"{name}.png" for name in (*common.RUN_FIGURES, "filters_before", "filters_after")}
-    assert names == {"seed0.json", "seed0.npz", "network.txt", *figures}
+    assert names == {"seed0.json", "seed0.npz", *(f"{name}.png" for name in report.RUN_FIGURES)}
     result = load_result(run / "seed0.json")
     assert result["settings"]["data"] == "cifar10-sample" and len(result["history"]) == 3
     assert result["history"][0]["train_loss"] > result["history"][2]["train_loss"]
-    assert result["parameters"]["trainable"] == 7_678_474 and result["reported"] == {}  # not the report's epochs
+    assert result["parameters"]["trainable"] == 7_678_474
     assert {"torch", "torchvision", "device", "threads", "precision"} <= result["environment"].keys()
     assert not (folder / "out/q1").exists()  # never among the full results
     with np.load(run / "seed0.npz", allow_pickle=False) as filters:
         assert filters["before"].shape == (128, 3, 3, 3)
         assert not np.array_equal(filters["before"], filters["last"])
+        assert filters["step_losses"].shape == (3, 60)
+        assert filters["step_losses"][0].mean() == pytest.approx(result["history"][0]["train_loss"], rel=1e-4)
 
 
 def contents(folder):
@@ -418,7 +553,7 @@ def test_replot_rebuilds_everything_and_changes_nothing(finished, tmp_path, caps
     for path in tmp_path.rglob("*.png"):
         path.unlink()
     (tmp_path / "out/sample/README.md").unlink()
-    common.run_question(q1_convnet.QUESTION, ["--sample", "--replot", "--output-dir", str(tmp_path / "out")])
+    q1_convnet.main(["--sample", "--replot", "--output-dir", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == before
     assert "convnet_3epochs" in capsys.readouterr().out
 
@@ -433,30 +568,38 @@ def test_figures_and_gallery_do_not_wait_for_the_last_run(small, tmp_path, monke
 
     monkeypatch.setattr(common, "train", train)
     options = ["--sample", "--epochs", "1", "--output-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path / "c")]
-    common.run_question(q2_batchnorm_earlystop.QUESTION, [*options, "--only", "batchnorm", "convnet"])
+    q2_batchnorm_earlystop.main([*options, "--only", "batchnorm", "convnet"])
     drawn = "sample/q2/batchnorm_1epochs/losses.png"
     assert seen == [("batchnorm_1epochs", set()), ("convnet_1epochs", {drawn})]
     assert "batchnorm_1epochs" in (tmp_path / "sample/README.md").read_text()
 
 
-def test_the_gallery_shows_what_is_missing(tmp_path, capsys):
-    common.run_question(q1_convnet.QUESTION, ["--replot", "--output-dir", str(tmp_path)])
+def test_the_page_shows_what_is_missing(tmp_path, capsys):
+    q1_convnet.main(["--replot", "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "| convnet | - | - | - / - | 80.7 / - | - | - | - |" in text and "**not run**" in text
+    assert "| convnet | - | - / - | 80.7 / - | - | - | `python q1_convnet.py --only convnet` |" in text
+    assert "- **not run**: claims 1, 2" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
-QUESTIONS = [q.QUESTION for q in (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)]
-
-
-def test_the_committed_gallery_is_what_the_results_give(tmp_path, capsys):
-    committed = common.ROOT / "results"
-    ignored = shutil.ignore_patterns("sample", "*.png", "*.lock", "README.md", "claims.json")
+def test_the_committed_page_is_what_the_results_give(tmp_path, capsys):
+    committed = ROOT / "results"
+    ignored = shutil.ignore_patterns("sample", "*.png", "*.lock", "README.md", "summary.json")
     shutil.copytree(committed, tmp_path / "results", ignore=ignored)
     for question in QUESTIONS:
-        common.run_question(question, ["--replot", "--output-dir", str(tmp_path / "results")])
-        claims = f"{question.name}/claims.json"
-        assert (tmp_path / "results" / claims).read_text() == (committed / claims).read_text()
+        question.main(["--replot", "--output-dir", str(tmp_path / "results")])
+        summary = f"{question.__name__[:2]}/summary.json"
+        assert (tmp_path / "results" / summary).read_text() == (committed / summary).read_text()
     assert (tmp_path / "results/README.md").read_text() == (committed / "README.md").read_text()
+
+
+def test_every_link_of_the_committed_page_leads_somewhere():
+    page = (ROOT / "results/README.md").read_text()
+    links = set(re.findall(r"\]\(([^)#]+)\)", page))
+    assert not [link for link in links if not (ROOT / "results" / unquote(link)).exists()]
+
+
+def test_links_hold_blanks_and_brackets():
+    assert report.link("a", "q4/my run (2)/x.png") == "[a](q4/my%20run%20%282%29/x.png)"
 
 
 def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
@@ -466,17 +609,17 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         (QUESTIONS[0], ["convnet"]),
         (QUESTIONS[1], ["batchnorm", "convnet_full", "convnet_patience5"]),
         (QUESTIONS[2], ["flip_p0.5", "dropout_0.1"]),
-        (QUESTIONS[3], ["scratch", "frozen_other_0123abcd"]),
+        (QUESTIONS[3], ["scratch", "frozen_train_mode_other_0123abcd"]),
     ):
         for name in names:
-            folder = tmp_path / "sample" / question.name / name
+            folder = tmp_path / "sample" / question.__name__[:2] / name
             shutil.copytree(finished[0] / "out/sample/q1/convnet_3epochs", folder)
             dropout = 0.1 if "dropout" in name else 0.0
             for seed in (0, 1):
-                changed = text.replace('"question": "q1"', f'"question": "{question.name}"')
-                changed = changed.replace('"dropout": 0.0', f'"dropout": {dropout}')
+                changed = text.replace('"question": "q1"', f'"question": "{question.__name__[:2]}"')
+                changed = changed.replace('"dropout": 0.0', f'"dropout": {dropout}').replace("convnet_3epochs", name)
                 (folder / f"seed{seed}.json").write_text(changed.replace('"seed": 0', f'"seed": {seed}'))
-        common.run_question(question, ["--sample", "--replot", "--output-dir", str(tmp_path)])
+        question.main(["--sample", "--replot", "--output-dir", str(tmp_path)])
     figures = {path.name for path in tmp_path.glob("sample/q?/*.png")}
     assert figures >= {
         "batchnorm.png",
@@ -484,41 +627,44 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         "augmentations.png",
         "flip_sweep.png",
         "dropout_sweep.png",
+        "dropout_bars.png",
         "transfer.png",
+        "steps.png",
     }
     gallery = (tmp_path / "sample/README.md").read_text()
-    assert "convnet − frozen_other_0123abcd: +0.00 points" in gallery  # question 1's network, in question 4
-    assert " ± 0.0" in gallery and "| crop | - | - | 82.7 / - | 82.9 / - | - | - | - |" in gallery
+    assert "convnet − frozen_train_mode_other_0123abcd, test: +0.00 points" in gallery  # question 1's network, in 4
+    assert " ± 0.0" in gallery and "| crop | - | 82.7 / - | 82.9 / - | - | - | `python q3" in gallery
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
     options = ["--sample", "--preview", "--output-dir", str(tmp_path)]
-    common.run_question(q3_augment_dropout.QUESTION, [*options, "--only", "crop_flip", "dropout_0.1", "grayscale"])
+    q3_augment_dropout.main([*options, "--only", "crop_flip", "dropout_0.1", "grayscale"])
     paths = [tmp_path / "sample/q3" / name / "preview.png" for name in ("crop_flip", "grayscale")]
     assert capsys.readouterr().out.split() == list(map(str, paths))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     images = common.load_sample()["train"].images[:2]
-    shown = np.stack([axes.images[0].get_array() for axes in common.preview((Grayscale(p=0.5),), images, "").axes])
+    drawn = q3_augment_dropout.preview((Grayscale(p=0.5),), images, "")
+    shown = np.stack([axes.images[0].get_array() for axes in drawn.axes])
     shown = shown.reshape(2, 9, 32, 32, 3)  # every row the original and eight draws
     np.testing.assert_allclose(shown[:, 0], images.permute(0, 2, 3, 1) / 255)
     grey = (np.ptp(shown, axis=-1) == 0).all((2, 3))
     assert not grey[:, 0].any() and grey[:, 1:].any() and not grey[:, 1:].all()
     with pytest.raises(SystemExit):
-        common.run_question(q3_augment_dropout.QUESTION, [*options, "--only", "dropout_0.1"])
+        q3_augment_dropout.main([*options, "--only", "dropout_0.1"])
     assert "none of these runs has an augmentation" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        common.run_question(q1_convnet.QUESTION, options)
+        q1_convnet.main(options)
     assert "unrecognized arguments: --preview" in capsys.readouterr().err
 
 
 def test_list_shows_every_runs_state(finished, tmp_path, capsys):
     folder = finished[0]
     where = ["--sample", "--list", "--checkpoint-dir", str(folder / "checkpoints"), "--output-dir"]
-    common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3"])
+    q1_convnet.main([*where, str(folder / "out"), "--epochs", "3"])
     assert "done" in capsys.readouterr().out
-    common.run_question(q1_convnet.QUESTION, [*where, str(folder / "out"), "--epochs", "3", "--precision", "fp32"])
+    q1_convnet.main([*where, str(folder / "out"), "--epochs", "3", "--precision", "fp32"])
     assert "done" not in capsys.readouterr().out  # asked for by name, it is a run of its own
-    common.run_question(q1_convnet.QUESTION, [*where, str(tmp_path), "--epochs", "5", "--seeds", "2"])
+    q1_convnet.main([*where, str(tmp_path), "--epochs", "5", "--seeds", "2"])
     first, second, both = capsys.readouterr().out.splitlines()
     assert "epoch 3 " in first and "left" in first and "not started" in second
     seconds = [
@@ -526,7 +672,7 @@ def test_list_shows_every_runs_state(finished, tmp_path, capsys):
     ]
     assert both.startswith("in all") and abs(sum(seconds[:2]) - seconds[2]) <= 2  # rounded
     other = ["--only", "convnet", "--epochs", "5"]  # the same trajectory as question 1's
-    common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), *other])
+    q2_batchnorm_earlystop.main([*where, str(tmp_path), *other])
     assert "epoch 3 " in capsys.readouterr().out
-    common.run_question(q2_batchnorm_earlystop.QUESTION, [*where, str(tmp_path), "--only", "batchnorm"])
+    q2_batchnorm_earlystop.main([*where, str(tmp_path), "--only", "batchnorm"])
     assert "at most" in capsys.readouterr().out  # not started, but the other network's epochs tell its time

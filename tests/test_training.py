@@ -6,30 +6,31 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from conftest import start
 
 import common
+import machine
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
+from augment import HorizontalFlip, RandomCrop
 from common import (
     ROOT,
     SAMPLE_SETTINGS,
     ConvNet,
-    HorizontalFlip,
-    RandomCrop,
     Run,
     Settings,
     Split,
-    UserError,
     best_epoch,
+    build,
     evaluate,
     load_checkpoint,
     read_run,
     stopping_epoch,
     train,
 )
-from conftest import start
+from machine import UserError
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(  # all that is random or has a state of its own; batches of 80 and 40
@@ -42,14 +43,19 @@ SETTINGS = Settings(  # all that is random or has a state of its own; batches of
     batch_size=80,
 )
 
+VGG_ONE_EPOCH = dataclasses.replace(q4_vgg_transfer.VGG, precision="fp32", epochs=1)
+
 
 def follow(small, folder, **changes):
-    run = Run("test", dataclasses.replace(SETTINGS, **changes))
-    return train(run, small, CPU, folder / f"{run.settings.key()}.pt")
+    return trained(Run("test", dataclasses.replace(SETTINGS, **changes)), small, folder)
+
+
+def trained(run, data, folder):
+    return train(run, build(run, CPU), data, CPU, folder / f"{run.settings.key()}.pt")
 
 
 def network(**changes):
-    return Run("test", dataclasses.replace(SETTINGS, **changes)).network()
+    return build(Run("test", dataclasses.replace(SETTINGS, **changes)), CPU)
 
 
 def numbers(state):
@@ -106,7 +112,7 @@ def test_without_augmentation_nothing_is_measured_augmented(small, tmp_path):
 def test_a_network_of_another_name_is_refused(small):
     run = Run("test", dataclasses.replace(SETTINGS, network="VGG11"))
     with pytest.raises(ValueError, match="network='VGG11' in its settings, but it is ConvNet"):
-        common.prepare(run, CPU)
+        build(run, CPU)
 
 
 @pytest.mark.parametrize("edit", ["another layer", "another size"])
@@ -146,11 +152,11 @@ def test_no_epoch_is_trained_twice(small, two_epochs):
 
 def test_reading_fewer_epochs_is_having_trained_fewer(small, two_epochs, tmp_path):
     one = Run("one", dataclasses.replace(SETTINGS, epochs=1))
-    trained = read_run("q1", one, follow(small, tmp_path, epochs=1), small["test"].labels)
-    read = read_run("q1", one, two_epochs[1], small["test"].labels)
-    for result in (trained, read):
+    fewer = read_run("q1", one, network(), follow(small, tmp_path, epochs=1), small["test"].labels)
+    read = read_run("q1", one, network(), two_epochs[1], small["test"].labels)
+    for result in (fewer, read):
         result["history"][0].pop("seconds", None)
-    assert trained == read
+    assert fewer == read
 
 
 def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkeypatch):
@@ -158,10 +164,10 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
     measured = iter([v for run in values for value in run for v in (value, 0.0)])  # the second: augmented, never used
     monkeypatch.setattr(common, "accuracy", lambda *_: next(measured))
     rule = Run("rule", dataclasses.replace(SETTINGS, epochs=4, patience=1))
-    stopped = train(rule, small, CPU, tmp_path / "stopped.pt")
-    full = train(Run("full", dataclasses.replace(SETTINGS, epochs=4)), small, CPU, tmp_path / "full.pt")
+    stopped = trained(rule, small, tmp_path / "stopped")
+    full = trained(Run("full", dataclasses.replace(SETTINGS, epochs=4)), small, tmp_path / "full")
     assert (len(stopped["history"]), len(full["history"])) == (3, 4)
-    results = [read_run("q2", rule, state, small["test"].labels) for state in (stopped, full)]
+    results = [read_run("q2", rule, network(), state, small["test"].labels) for state in (stopped, full)]
     for result in results:
         for entry in result["history"]:
             entry.pop("seconds", None)
@@ -171,7 +177,7 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
 def test_patience_needs_validation_images(small, tmp_path):
     data = small | {"validation": Split(small["validation"].images[:0], small["validation"].labels[:0])}
     with pytest.raises(UserError, match="patience needs validation images"):
-        train(Run("rule", dataclasses.replace(SETTINGS, patience=5)), data, CPU, tmp_path / "rule.pt")
+        trained(Run("rule", dataclasses.replace(SETTINGS, patience=5)), data, tmp_path)
 
 
 def test_the_key_is_what_shapes_the_weights():
@@ -193,7 +199,9 @@ def test_the_key_is_what_shapes_the_weights():
 
 def test_the_keys_of_trained_trajectories_never_change():
     """A key that changes orphans a checkpoint that took hours: rename settings as you like, but not these."""
-    weights = "vgg11_bn_features_tinyimagenet.pth sha256:69a37b9ff57d64bd078533d62d0737af89f8fea165386682cbca99c4dd5ba730"
+    weights = (
+        "vgg11_bn_features_tinyimagenet.pth sha256:69a37b9ff57d64bd078533d62d0737af89f8fea165386682cbca99c4dd5ba730"
+    )
     vgg = q4_vgg_transfer.transfer_runs("unused", "stand_in", weights)
     runs = [*q1_convnet.RUNS, *q2_batchnorm_earlystop.RUNS, *q3_augment_dropout.RUNS, *q4_vgg_transfer.RUNS, *vgg]
     keys = {run.name: dataclasses.replace(run.settings, precision="bf16").key() for run in runs}
@@ -227,7 +235,7 @@ def test_the_best_weights_give_the_recorded_predictions(small, two_epochs):
     model = ConvNet(batch_norm=True, dropout=0.2).to(memory_format=torch.channels_last)
     model.load_state_dict(state["best"])
     _, predictions = evaluate(model, small["test"], SETTINGS)
-    epoch = best_epoch([entry["validation_accuracy"] for entry in state["history"]])
+    epoch = best_epoch(state["history"])
     assert torch.equal(predictions, state["predictions"][epoch - 1])
 
 
@@ -256,11 +264,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_pat
 
 def test_parts_of_a_batch_cover_it_once(monkeypatch):
     for n, world in ((200, 2), (101, 3), (2, 4)):
-        monkeypatch.setattr(common, "world_size", lambda: world)
+        monkeypatch.setattr(machine, "world_size", lambda: world)
         parts = []
         for rank in range(world):
-            monkeypatch.setattr(common, "rank", lambda: rank)
-            parts += list(range(n))[common.my_part(n)]
+            monkeypatch.setattr(machine, "rank", lambda: rank)
+            parts += list(range(n))[machine.my_part(n)]
         assert parts == list(range(n))
 
 
@@ -286,7 +294,22 @@ def test_stopping_rule(accuracies, epochs, patience, stop):
 
 
 def test_best_epoch_is_the_first_of_equals():
-    assert best_epoch([10.0, 30.0, 20.0, 30.0]) == 2
+    accuracies = [10.0, 30.0, 20.0, 30.0]
+    assert best_epoch([{"epoch": e, "validation_accuracy": a} for e, a in enumerate(accuracies, 1)]) == 2
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before(small, tmp_path, monkeypatch):
+    """Batch norm in the head cannot normalise by one image: 41 images in batches of 20."""
+    assert [len(b) for b in common.cut_batches(torch.arange(41), 20)] == [20, 21]
+    assert [len(b) for b in common.cut_batches(torch.arange(42), 20)] == [20, 20, 2]
+    assert [len(b) for b in common.cut_batches(torch.arange(1), 20)] == [1]
+    assert torch.equal(torch.cat(common.cut_batches(torch.arange(41), 20)), torch.arange(41))
+    monkeypatch.setattr(common, "world_size", lambda: 2)  # a part of one image each
+    assert [len(b) for b in common.cut_batches(torch.arange(43), 20)] == [20, 23]
+    monkeypatch.undo()
+    data = small | {"train": Split(small["train"].images[:41], small["train"].labels[:41])}
+    run = dataclasses.replace(q4_vgg_transfer.SCRATCH, settings=dataclasses.replace(VGG_ONE_EPOCH, batch_size=20))
+    assert trained(run, data, tmp_path)["step_losses"][0].shape == (2,)
 
 
 def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, monkeypatch, capsys):
@@ -306,7 +329,7 @@ def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, m
     monkeypatch.setattr(common, "train", train_and_let_go)
     monkeypatch.setattr(common, "load_sample", lambda: small)
     options = ["--sample", "--epochs=1", "--seeds=2", "--precision=fp32", "--device=cpu"]
-    common.run_question(q1_convnet.QUESTION, [*options, f"--checkpoint-dir={tmp_path}", f"--output-dir={tmp_path}"])
+    q1_convnet.main([*options, f"--checkpoint-dir={tmp_path}", f"--output-dir={tmp_path}"])
     assert seeds == [1, 0] and not leftover.exists()
     assert "seed 0 is being trained by another process; coming back to it" in capsys.readouterr().err
 
@@ -328,7 +351,7 @@ def test_where_nothing_else_is_left_it_waits_for_another_process(small, tmp_path
     monkeypatch.setattr(common, "file_lock", lock)
     monkeypatch.setattr(common, "load_sample", lambda: small)
     options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", f"--checkpoint-dir={tmp_path}"]
-    common.run_question(q1_convnet.QUESTION, [*options, f"--output-dir={tmp_path}"])
+    q1_convnet.main([*options, f"--output-dir={tmp_path}"])
     assert waits == [False, True]
 
 

@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import hashlib
+import re
 import socket
 from pathlib import Path
 
@@ -9,8 +11,9 @@ from torchvision.models import vgg11_bn
 
 import common
 import q4_vgg_transfer
-from common import Run, UserError, count_parameters, train
-from q4_vgg_transfer import VGG, VGG11, VGGRun, load_weights
+from common import Run, build, count_parameters, make_parser, select_runs, train
+from machine import UserError
+from q4_vgg_transfer import VGG, VGG11, build_vgg, frozen_features, load_weights, with_weights
 
 CPU = torch.device("cpu")
 
@@ -32,7 +35,18 @@ def weights(tmp_path_factory):
 def frozen(weights, **changes):
     settings = dataclasses.replace(VGG, backbone="frozen", data="cifar10-sample", precision="fp32", epochs=2)
     settings = dataclasses.replace(settings, batch_size=50)
-    return VGGRun("frozen", dataclasses.replace(settings, **changes), {}, str(weights))
+    prepare = {"prepare": frozen_features} if changes.get("backbone", "frozen") == "frozen" else {}
+    settings = dataclasses.replace(settings, **changes)
+    return Run("frozen", settings, functools.partial(build_vgg, source=str(weights)), **prepare)
+
+
+def plain(run):
+    """The same run, but for running the backbone in every epoch."""
+    return Run(run.name, run.settings, run.build)
+
+
+def trained(run, data, path):
+    return train(run, build(run, CPU), data, CPU, path)
 
 
 def test_parameters_of_backbone_and_head():
@@ -44,14 +58,11 @@ def test_parameters_of_backbone_and_head():
 
 
 def test_frozen_means_that_nothing_in_the_backbone_moves(weights, small, tmp_path):
-    class Plain(VGGRun):
-        inputs = Run.inputs  # runs the backbone every epoch, in training mode but for the freezing
-
     run = frozen(weights, epochs=1)
-    state = train(Plain(run.name, run.settings, {}, run.source), small, CPU, tmp_path / "plain.pt")["model"]
+    state = trained(plain(run), small, tmp_path / "plain.pt")["model"]
     for name, tensor in load_weights(str(weights)).items():
         assert torch.equal(state[f"features.{name}"], tensor), name
-    fresh = common.prepare(run, CPU)[0].state_dict()
+    fresh = build(run, CPU).state_dict()
     assert not torch.equal(state["head.0.weight"], fresh["head.0.weight"])
     assert not torch.equal(state["head.1.running_mean"], fresh["head.1.running_mean"])
 
@@ -59,11 +70,11 @@ def test_frozen_means_that_nothing_in_the_backbone_moves(weights, small, tmp_pat
 def test_frozen_in_training_mode_moves_the_statistics_alone(weights, small, tmp_path):
     """As the report's code: no gradients in the backbone, but batch norm by the batch, whose statistics move."""
     run = frozen(weights, backbone="frozen, training mode", epochs=1)
-    state = train(run, small, CPU, tmp_path / "moving.pt")["model"]
+    state = trained(run, small, tmp_path / "moving.pt")["model"]
     loaded = load_weights(str(weights))
     moved = {name for name, tensor in loaded.items() if not torch.equal(state[f"features.{name}"], tensor)}
     assert moved == {n for n in loaded if n.rsplit(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")}
-    model, _ = common.prepare(run, CPU)
+    model = build(run, CPU)
     images, _ = small["train"].batch(torch.arange(50), run.settings)
     with torch.no_grad():
         by_batch, by_statistics = (model.train(mode).features(images) for mode in (True, False))
@@ -72,7 +83,7 @@ def test_frozen_in_training_mode_moves_the_statistics_alone(weights, small, tmp_
 
 def test_the_head_starts_as_the_reports(weights):
     """From scratch N(0, 1e-3), as the exercise says; with pretrained features as PyTorch starts a Linear."""
-    heads = [common.prepare(run, CPU)[0].head for run in (frozen(weights), q4_vgg_transfer.SCRATCH)]
+    heads = [build(run, CPU).head for run in (frozen(weights), q4_vgg_transfer.SCRATCH)]
     deviations = [(head[0].weight.std().item(), head[3].weight.std().item()) for head in heads]
     assert deviations[0] == pytest.approx((1 / (3 * 512) ** 0.5, 1 / (3 * 256) ** 0.5), rel=0.05)
     assert deviations[1] == pytest.approx((1e-3, 1e-3), rel=0.05)
@@ -81,55 +92,50 @@ def test_the_head_starts_as_the_reports(weights):
 
 def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights, small, tmp_path):
     run = frozen(weights)
-
-    class Plain(VGGRun):
-        inputs = Run.inputs
-
-    plain = train(Plain(run.name, run.settings, {}, run.source), small, CPU, tmp_path / "plain.pt")
-    cached = train(run, small, CPU, tmp_path / "cached.pt")
-    for a, b in zip(plain["history"], cached["history"], strict=True):
+    every_epoch = trained(plain(run), small, tmp_path / "plain.pt")
+    cached = trained(run, small, tmp_path / "cached.pt")
+    for a, b in zip(every_epoch["history"], cached["history"], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(plain["predictions"], cached["predictions"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(every_epoch["predictions"], cached["predictions"], strict=True))
 
 
 def test_cached_batches_choose_the_mirror_images_that_plain_ones_do(weights, small):
     run = frozen(weights)
-    model, _ = common.prepare(run, CPU)
+    model = build(run, CPU)
     model.eval()
-    cached = run.inputs(model, small)["train"]
+    cached = run.prepare(model, small, run.settings)["train"]
     index = torch.randperm(120)[:64]
     images, labels = small["train"].batch(index, run.settings, common.generator(0, 1, "augment"))
     features, same_labels = cached.batch(index, run.settings, common.generator(0, 1, "augment"))
     with torch.no_grad():
         torch.testing.assert_close(features, model.features(images).flatten(1), atol=1e-4, rtol=1e-4)
     assert torch.equal(labels, same_labels)
-    assert (cached.images[:, 0] - cached.images[:, 1]).abs().amax(1).min() > 1e-3  # a mirror image has other features
+    assert (cached.features[:, 0] - cached.features[:, 1]).abs().amax(
+        1
+    ).min() > 1e-3  # a mirror image has other features
 
 
 def test_weights_are_loaded_and_finetuned(weights, small, tmp_path):
     run = frozen(weights, backbone="trained", epochs=1)
-    model, _ = common.prepare(run, CPU)
+    model = build(run, CPU)
     loaded = load_weights(str(weights))
     assert all(torch.equal(v, loaded[k]) for k, v in model.features.state_dict().items())
-    state = train(run, small, CPU, tmp_path / "finetune.pt")["model"]
+    state = trained(run, small, tmp_path / "finetune.pt")["model"]
     assert not torch.equal(state["features.0.weight"], loaded["0.weight"])
 
 
 def test_runs_of_other_weights_are_named_by_them(weights):
-    args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", str(weights), "--sample"])
-    runs = common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)
+    runs = select_runs(with_weights(str(weights)), make_parser("").parse_args(["--sample"]), CPU)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     label = f"random_{digest[:8]}"
     assert [r.name for r in runs] == [f"frozen_train_mode_{label}", f"frozen_{label}", f"finetune_{label}", "scratch"]
-    assert runs[0].provenance() == {"weights_sha256": digest} and runs[3].provenance() == {}
-    assert digest in runs[0].settings.weights and runs[0].reported == {} == runs[1].reported
+    assert all(digest in run.settings.weights for run in runs[:3]) and runs[3].settings.weights == "none"
     assert len({run.settings.key() for run in runs}) == 4
 
 
 def test_without_weights_there_is_nothing_to_transfer():
-    args = common.make_parser(q4_vgg_transfer.QUESTION).parse_args(["--weights", "none"])
-    assert [run.name for run in common.select_runs(q4_vgg_transfer.QUESTION, args, CPU)] == ["scratch"]
+    assert [run.name for run in with_weights("none")] == ["scratch"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "not a state dict", "missing key", "wrong shape", "pickle"])
@@ -149,7 +155,7 @@ def test_bad_weight_files(weights, tmp_path, capsys, damage):
         torch.save({"features": print}, path)  # code, which weights_only refuses
     options = ["--sample", "--weights", str(path), "--output-dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
-        common.run_question(q4_vgg_transfer.QUESTION, [*options, "--checkpoint-dir", str(tmp_path / "checkpoints")])
+        q4_vgg_transfer.main([*options, "--checkpoint-dir", str(tmp_path / "checkpoints")])
     err = capsys.readouterr().err
     assert end.value.code == 2 and len(err.splitlines()) == 1 and str(path) in err
     assert not list(tmp_path.rglob("*.json"))
@@ -173,3 +179,37 @@ def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded .*--weights another file, or none"):
         load_weights("imagenet")
+
+
+def save_as(state: dict, form: str, path: Path) -> None:
+    """The weights in one of the forms people save them in."""
+    if form == "under state_dict":
+        torch.save({"epoch": 3, "state_dict": state}, path)
+    elif form == "of DataParallel":
+        torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    elif form == "of the features alone":
+        torch.save({n.removeprefix("features."): t for n, t in state.items() if n.startswith("features.")}, path)
+    elif form == "both":
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+
+
+@pytest.mark.parametrize("form", ["under state_dict", "of DataParallel", "of the features alone", "both"])
+def test_weights_saved_in_the_usual_forms(weights, tmp_path, form):
+    save_as(torch.load(weights, weights_only=True), form, tmp_path / "other.pth")
+    expected = load_weights(str(weights))
+    found = load_weights(str(tmp_path / "other.pth"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def test_a_whole_pickled_module_is_refused_with_advice(tmp_path):
+    torch.save(vgg11_bn().features, tmp_path / "module.pth")
+    with pytest.raises(
+        UserError, match=r"could run any code; save its weights alone: torch.save\(model.state_dict\(\)"
+    ):
+        load_weights(str(tmp_path / "module.pth"))
+
+
+def test_a_name_with_blanks_and_brackets_gives_a_plain_label(weights, tmp_path):
+    odd = tmp_path / "my weights (v2) [best].pth"
+    odd.write_bytes(weights.read_bytes())
+    assert re.fullmatch(r"frozen_my_weights__v2___best__[0-9a-f]{8}", with_weights(str(odd))[1].name)

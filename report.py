@@ -1,0 +1,810 @@
+"""What `results/` tells: intervals and verdicts, the report's numbers and curves beside ours, figures, tables, the page.
+
+    results/<question>/<run>/seed<N>.json  ->  figures beside it  ->  results/<question>/summary.json  ->  results/README.md
+
+A question script declares its claims, figures and tables and calls `write_report`.
+"""
+
+import argparse
+import functools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import (
+    CLASSES,
+    ROOT,
+    VALIDATION_IMAGES,
+    Run,
+    correct_images,
+    duration,
+    load_results,
+    question_folder,
+    visualize_filters,
+)
+from machine import UserError, file_lock, on_first, write_atomic
+
+Z95 = 1.959964  # two-sided 95 % of the normal distribution
+
+
+class Results(dict[str, list[dict]]):
+    """A question's results by run, one dict per seed.
+
+    repeated: those of the settings whose seeds measure the noise of training. folder: where the question's runs are.
+    """
+
+    def __init__(self, found: dict[str, list[dict]], repeated: Sequence[list[dict]] = (), folder: Path | None = None):
+        super().__init__(found)
+        self.repeated, self.folder = repeated, folder
+
+    def seeds_of(self, *runs: str) -> list[dict[int, dict]]:
+        """For every run its results by seed, of the seeds that all of them have."""
+        found = [{r["seed"]: r for r in self.get(run, ())} for run in runs]
+        common = set.intersection(*(set(by_seed) for by_seed in found))
+        return [{seed: by_seed[seed] for seed in sorted(common)} for by_seed in found]
+
+
+# ---------------------------------------------------------------------------------------------- intervals, verdicts
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a proportion, in percent (Wilson 1927; formula as in Brown, Cai and DasGupta 2001)."""
+    p, n, z = correct / total, total, Z95
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+
+
+def t_quantile(df: float) -> float:
+    """Two-sided 95 % of Student's t, from 3 degrees of freedom on (Abramowitz and Stegun, formula 26.7.5)."""
+    z = Z95
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / df + second / df**2 + third / df**3
+
+
+def verdict(interval: tuple[float, float], zone: tuple[float, float] = (0.0, math.inf)) -> str:
+    """On a claim that a value lies in `zone`, from the value's interval: the one place where verdicts are made."""
+    low, high = interval
+    if zone[0] < low and high < zone[1]:
+        return "holds"
+    if high < zone[0] or zone[1] < low:
+        return "does not hold"
+    return "within noise"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation between seeds of one and the same setting, pooled over settings, and its degrees of freedom."""
+
+    deviation: float
+    df: int
+
+
+def pooled_spread(repeated: Iterable[list[dict]], measure: Callable[[dict], float]) -> Spread | None:
+    """Of `measure` over the repeated settings; None below 3 degrees of freedom."""
+    squares, df = 0.0, 0
+    for found in repeated:
+        values = [measure(r) for r in found]
+        squares += sum((value - statistics.mean(values)) ** 2 for value in values)
+        df += len(values) - 1
+    return Spread(math.sqrt(squares / df), df) if df >= 3 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two runs' measure, with its 95 % interval; `training`: does the interval hold the noise of training too?"""
+
+    value: float
+    interval: tuple[float, float]
+    seeds: int
+    training: bool
+    precisions: tuple[str, ...] = ()
+
+    def verdict(self, zone: tuple[float, float] = (0.0, math.inf)) -> str:
+        return verdict(self.interval, zone)
+
+    def __str__(self) -> str:
+        """+1.86 [+1.07, +2.67]"""
+        return f"{self.value:+.2f} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
+
+    def in_words(self, unit: str = "points") -> str:
+        text = f"{self.value:+.2f} {unit}, 95 % [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
+        if self.seeds > 1:
+            text += f", {self.seeds} seeds"
+        if len(self.precisions) > 1:
+            text += f", trained in {' and '.join(self.precisions)}"
+        return text if self.training else f"{text}, without the noise of training"
+
+
+def make_difference(
+    values: Sequence[float], image_variance: float, spread: Spread | None, found: Sequence[dict]
+) -> Difference:
+    """values: the difference for every seed. Its variance is that of the images, which all seeds share, and that of two
+    trainings per seed. The latter is estimated, so the interval is Student's (Welch 1947, Satterthwaite 1946).
+    """
+    value, seeds = statistics.mean(values), len(values)
+    variance, quantile = image_variance, Z95
+    if spread:
+        training_variance = 2 * spread.deviation**2 / seeds
+        variance += training_variance
+        if training_variance:
+            quantile = t_quantile(spread.df * (variance / training_variance) ** 2)
+    half = quantile * math.sqrt(variance)
+    precisions = tuple(sorted({r["settings"]["precision"] for r in found}))
+    return Difference(value, (value - half, value + half), seeds, spread is not None, precisions)
+
+
+def paired_difference(
+    results: Results, better: str, worse: str, weights: tuple[str, str] = ("best", "best")
+) -> Difference | None:
+    """Difference in accuracy on all test images, in points, image by image; None where the runs share no seed.
+
+    The images are taken as a sample of all images one could ask about. `weights` says which weights of each run are
+    compared, "best" or "last". Two readings of one training differ by no noise of training.
+    """
+    by_seed = results.seeds_of(better, worse)
+    if not by_seed[0]:
+        return None
+    correct = [
+        np.array([correct_images(r["test"][which]) for r in found.values()], dtype=float)
+        for found, which in zip(by_seed, weights)
+    ]
+    difference = 100 * (correct[0] - correct[1])  # [seeds, images]
+    found = [*by_seed[0].values(), *by_seed[1].values()]
+    same = all(same_training(*pair) for pair in zip(by_seed[0].values(), by_seed[1].values()))
+    spread = Spread(0.0, 3) if same else pooled_spread(results.repeated, test_accuracy)
+    image_variance = difference.mean(0).var() / difference.shape[1]
+    return make_difference(difference.mean(1).tolist(), image_variance, spread, found)
+
+
+def validation_difference(results: Results, better: str, worse: str) -> Difference | None:
+    """Difference in the best validation accuracy, in points, as of independent runs: the results hold no predictions of
+    the validation images. None where the runs share no seed.
+    """
+    by_seed = results.seeds_of(better, worse)
+    if not by_seed[0]:
+        return None
+    values = [best_validation(a) - best_validation(b) for a, b in zip(by_seed[0].values(), by_seed[1].values())]
+    found = [*by_seed[0].values(), *by_seed[1].values()]
+    images = VALIDATION_IMAGES[found[0]["settings"]["data"]]
+    means = [statistics.mean(map(best_validation, runs.values())) for runs in by_seed]
+    image_variance = sum(mean * (100 - mean) / images for mean in means)
+    same = all(same_training(*pair) for pair in zip(by_seed[0].values(), by_seed[1].values()))
+    spread = Spread(0.0, 3) if same else pooled_spread(results.repeated, best_validation)
+    return make_difference(values, image_variance, spread, found)
+
+
+def same_training(one: dict, other: dict) -> bool:
+    """Are both readings of one trajectory?"""
+    shared = min(len(one["history"]), len(other["history"]))
+    return one["history"][:shared] == other["history"][:shared]
+
+
+def test_accuracy(result: dict, weights: str = "best", images: str = "all_images") -> float:
+    """Percent of all test images, or of the `report_images`, by the best or the last weights."""
+    return result["test"][weights][images]["accuracy"]
+
+
+def best_validation(result: dict) -> float:
+    """Validation accuracy of the best epoch, percent."""
+    return result["history"][result["best_epoch"] - 1]["validation_accuracy"]
+
+
+def mean_test_accuracy(found: Sequence[dict]) -> float:
+    return statistics.mean(map(test_accuracy, found))
+
+
+def test_interval(found: Sequence[dict], weights: str = "best") -> tuple[float, float]:
+    """Around a run's accuracy on all test images: Wilson's of one seed, a standard deviation each way of several."""
+    values = [test_accuracy(r, weights) for r in found]
+    if len(values) == 1:
+        correct = correct_images(found[0]["test"][weights])
+        return wilson_interval(int(correct.sum()), len(correct))
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return mean - deviation, mean + deviation
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one part of a claim comes to, and the numbers it rests on."""
+
+    verdict: str
+    evidence: str = ""
+
+
+NOT_RUN = Finding("not run")
+Check = Callable[[Results], Finding]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the report's ten conclusions, and the checks that decide it."""
+
+    number: int
+    text: str  # the report's sentence
+    checks: tuple[Check, ...]
+
+    def judge(self, results: Results) -> dict:
+        """A claim of several parts holds where all do, and does not where one is reversed beyond noise."""
+        findings = [check(results) for check in self.checks]
+        verdicts = [finding.verdict for finding in findings]
+        worst = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
+        evidence = "; ".join(finding.evidence for finding in findings if finding.evidence)
+        parts = [vars(finding) for finding in findings]
+        return {"claim": self.number, "report": self.text, "verdict": worst, "evidence": evidence, "parts": parts}
+
+
+def beats(better: str, worse: str, on: str = "test") -> Check:
+    """A check that one run's accuracy is above another's: on the test images, image by image, or on validation."""
+    compare = {"test": paired_difference, "validation": validation_difference}[on]
+
+    def check(results: Results) -> Finding:
+        if (found := compare(results, better, worse)) is None:
+            return Finding("not run", f"{better} − {worse}: not run")
+        return Finding(found.verdict(), f"{better} − {worse}, {on}: {found.in_words()}")
+
+    return check
+
+
+def overfits(run: str) -> Check:
+    """A check, for every seed, that the validation loss ends more than 5 % above its lowest value while the training
+    loss has fallen since.
+    """
+
+    def check(results: Results) -> Finding:
+        rises, evidence = [], []
+        for result in results.get(run, ()):
+            low, last = min(result["history"], key=lambda h: h["validation_loss"]), result["history"][-1]
+            falls = last["train_loss"] < low["train_loss"]
+            rises.append(100 * (last["validation_loss"] / low["validation_loss"] - 1) if falls else -math.inf)
+            evidence.append(
+                f"seed {result['seed']}: validation loss lowest in epoch {low['epoch']} ({low['validation_loss']:.3f}), "
+                f"{last['validation_loss']:.3f} in epoch {last['epoch']}; "
+                f"training loss {low['train_loss']:.3f} to {last['train_loss']:.3f}"
+            )
+        if not rises:
+            return NOT_RUN
+        return Finding(verdict((min(rises), max(rises)), (5.0, math.inf)), "; ".join(evidence))
+
+    return check
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+@functools.cache
+def the_report() -> dict:
+    """What the report prints and what its figures show; `results/report.json` says how it was read."""
+    return json.loads((ROOT / "results" / "report.json").read_text(encoding="utf-8"))
+
+
+def reported(question: str, run: str) -> dict:
+    """The percentages the report prints for a run: `validation`, of the best epoch, and `test`; empty where it has none."""
+    return the_report()["numbers"].get(question, {}).get(run, {})
+
+
+def report_figures(question: str, run: str | None = None) -> list[dict]:
+    """The report's figures that belong to a question, or to one run of it, in order."""
+    figures = [f for f in the_report()["figures"] if f["question"] == question]
+    return [f for f in figures if run is None or f["run"] == run]
+
+
+def report_filters() -> tuple[np.ndarray, np.ndarray]:
+    """First-layer filters of the report's Figures 2 and 3, [128, 3, 3, 3], up to a factor. Their zero is not printed:
+    before training it is the middle of the range, as PyTorch draws them; after training it is taken to be the mean.
+    """
+    with np.load(ROOT / "results" / "report_filters.npz") as saved:
+        return saved["before"] - 127.5, saved["after"] - saved["after"].mean()
+
+
+def as_the_report_validates(result: dict, name: str) -> list[float]:
+    """A history entry over epochs; of validation on augmented images where there are such, as in the report."""
+    augmented = f"augmented_{name}"
+    return [h.get(augmented, h[name]) for h in result["history"]]
+
+
+def distance(figure: dict, found: Sequence[dict], name: str) -> float | None:
+    """Mean absolute difference of a curve from the report's, over the epochs both have; mean over seeds."""
+    if name not in figure:
+        return None
+    apart = [
+        statistics.mean(abs(ours - theirs) for ours, theirs in zip(as_the_report_validates(r, name), figure[name]))
+        for r in found
+    ]
+    return statistics.mean(apart)
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run
+GREY = "0.45"
+
+
+@contextmanager
+def plain_style():
+    """matplotlib's own defaults, whatever the user's matplotlibrc says: figures are the same for everyone."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    write_atomic(path, buffer.getbuffer())
+
+
+def title(result: dict, text: str, run: bool = False) -> str:
+    """Heading of a figure of a question, or of one run. Figures of the sample say so."""
+    sample = "SAMPLE (not CIFAR-10's full size): " if result["settings"]["data"] != "cifar10" else ""
+    name = f"{result['question']} {result['run']}" if run else result["question"]
+    return f"{sample}{name}: {text}"
+
+
+def plot_curve(axes, found: Sequence[dict], name: str, label: str | None, **style) -> None:
+    """One history entry over epochs: the mean over seeds; of several, a band of one standard deviation too.
+
+    Seeds that early stopping ended after different epochs have a line each. A single epoch is a dot.
+    """
+    if len({len(r["history"]) for r in found}) > 1:
+        for result in found:
+            plot_curve(axes, [result], name, label if result is found[0] else None, **style)
+        return
+    values = np.array([[h[name] for h in r["history"]] for r in found])  # [seeds, epochs]
+    epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+    marker = "o" if len(epochs) == 1 else None
+    (line,) = axes.plot(epochs, mean, label=label, **{"marker": marker} | style)
+    if len(found) > 1:
+        deviation = values.std(0, ddof=1)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def plot_reports_curves(axes, question: str, run: str, names: dict[str, str]) -> None:
+    """The report's curves of a run, unobtrusive. names: entry of the history -> line style."""
+    for figure in report_figures(question, run):
+        for name, style in names.items():
+            if name in figure:
+                values = figure[name]
+                label = f"report, Figure {figure['figure']}"
+                if len(names) > 1:
+                    label += ": " + name.replace("_", " ").replace(" loss", "").replace("train", "training")
+                axes.plot(range(1, len(values) + 1), values, color=GREY, linewidth=1, linestyle=style, label=label)
+
+
+def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def new_axes(heading: str, ylabel: str):
+    """A figure with one set of axes over epochs; returns both."""
+    figure = Figure(figsize=(7.5, 4.5))
+    axes = figure.add_subplot(title=heading)
+    style_axes(axes, ylabel)
+    return figure, axes
+
+
+def new_panels(heading: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
+    """A figure with two panels; returns it and both axes."""
+    figure = Figure(figsize=(14, 4.8))
+    panels = figure.subplots(1, 2)
+    for axes, ylabel in zip(panels, ylabels):
+        style_axes(axes, ylabel, xlabel)
+    figure.suptitle(heading)
+    return figure, panels
+
+
+def new_grid(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure of rows x columns panels of this size (inches); returns it and the axes, row by row."""
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+
+
+def shades(count: int) -> np.ndarray:
+    """Colours for an ordered family of curves, [count, 4]."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
+
+
+def plot_losses(found: Sequence[dict]) -> Figure:
+    """Training and validation loss over epochs, all seeds of one run, beside the report's curves."""
+    first = found[0]
+    figure, axes = new_axes(title(first, "loss", run=True), "cross entropy")
+    plot_curve(axes, found, "train_loss", "training", color="tab:blue")
+    plot_curve(axes, found, "validation_loss", "validation", color="tab:orange")
+    if "augmented_validation_loss" in first["history"][0]:
+        style = {"color": "tab:orange", "linestyle": ":"}
+        plot_curve(axes, found, "augmented_validation_loss", "validation, augmented as in the report", **style)
+    plot_reports_curves(axes, first["question"], first["run"], {"train_loss": "-", "validation_loss": "--"})
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_accuracy(found: Sequence[dict]) -> Figure:
+    """Validation accuracy over epochs, every seed's best epoch marked, beside the report's curves."""
+    first = found[0]
+    figure, axes = new_axes(title(first, "validation accuracy", run=True), "accuracy (%)")
+    plot_curve(axes, found, "validation_accuracy", "validation", color="tab:orange")
+    if "augmented_validation_accuracy" in first["history"][0]:
+        style = {"color": "tab:orange", "linestyle": ":"}
+        plot_curve(axes, found, "augmented_validation_accuracy", "validation, augmented as in the report", **style)
+    for result in found:
+        best, value = result["best_epoch"], best_validation(result)
+        axes.plot(best, value, "o", color="tab:red", label=f"seed {result['seed']}: best {value:.1f} %, epoch {best}")
+    plot_reports_curves(axes, first["question"], first["run"], {"validation_accuracy": "--"})
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def plot_confusion(found: Sequence[dict]) -> Figure:
+    """Confusion matrix of the best weights on all test images, summed over seeds; rows in percent of the true class."""
+    counts = sum(np.array(r["test"]["best"]["confusion"]) for r in found)
+    percent = 100 * counts / counts.sum(1, keepdims=True)
+    heading = title(found[0], "test confusion (% of the true class)", run=True)
+    figure = Figure(figsize=(7, 6))
+    axes = figure.add_subplot(title=heading, xlabel="predicted", ylabel="true")
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(10), CLASSES, rotation=45, ha="right")
+    axes.set_yticks(range(10), CLASSES)
+    for (row, column), value in np.ndenumerate(percent):
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
+    return figure
+
+
+def load_arrays(run_folder: Path, result: dict) -> dict[str, np.ndarray]:
+    """The run's first-layer filters (before, best, last) and `step_losses`. Raises UserError."""
+    path = run_folder / f"seed{result['seed']}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in ("before", "best", "last", "step_losses")}
+    except Exception as error:  # a damaged file fails anywhere in zipfile, zlib or numpy
+        raise UserError(f"{path} is missing or damaged ({error}): restore it, or run again") from error
+
+
+def plot_filters(found: Sequence[dict], run_folder: Path) -> Figure:
+    """The first seed's filters before training and at its best epoch, on one scale."""
+    first = found[0]
+    arrays = load_arrays(run_folder, first)
+    before, after = arrays["before"], arrays["best"]
+    scale = float(np.quantile(np.abs([before, after]), 0.998))
+    panels = {"before training": before, f"after training, epoch {first['best_epoch']}": after}
+    return visualize_filters(panels, title(first, "first-layer filters", run=True), scale)
+
+
+def draw_run(found: Sequence[dict], run_folder: Path) -> None:
+    """Every figure of one run, from its results (all seeds) and saved filters alone."""
+    save_figure(plot_losses(found), run_folder / "losses.png")
+    save_figure(plot_accuracy(found), run_folder / "accuracy.png")
+    save_figure(plot_filters(found, run_folder), run_folder / "filters.png")
+    save_figure(plot_confusion(found), run_folder / "confusion.png")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+Table = list[list[str]]  # a head and rows
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """ "80.7", or with several seeds "80.7 ± 0.3" (standard deviation)."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def with_interval(found: Sequence[dict], weights: str = "best") -> str:
+    """Accuracy on all test images: "78.70 [77.9, 79.5]", or with several seeds "78.70 ± 0.41"."""
+    text = mean_and_deviation([test_accuracy(r, weights) for r in found], 2)
+    return f"{text} [{{:.1f}}, {{:.1f}}]".format(*test_interval(found, weights)) if len(found) == 1 else text
+
+
+def command(question: str, run: str, found: Sequence[dict] = ()) -> str:
+    """What to type to get this run."""
+    script = next(path.name for path in ROOT.glob(f"{question}_*.py"))
+    options = f"--only {run}"
+    if found:
+        settings = found[0]["settings"]
+        base = run.removesuffix(f"_{settings['precision']}")
+        if base != run:
+            options += f" --precision {settings['precision']}"
+        if base.endswith(f"_{settings['epochs']}epochs"):
+            options += f" --epochs {settings['epochs']}"
+        if "sha256:" in settings["weights"]:
+            options += f" --weights {settings['weights'].split()[0]}"
+        if len(found) > 1:
+            options += f" --seeds {max(r['seed'] for r in found) + 1}"
+    return f"python {script} {options}"
+
+
+def run_table(question: str, runs: Iterable[str], results: Results, sample: bool) -> Table:
+    """A line per run: the report's numbers beside ours, measured as the report does, then what we would report."""
+    images = ("500 images", "500") if sample else ("first 1,000 images", "10,000")
+    head = ["run", "best epoch", "validation: report / ours", f"last weights, {images[0]}: report / ours"]
+    head += [f"best weights, {images[1]} images [95 %]", "time", "command"]
+    return [head, *(run_row(question, run, results.get(run, [])) for run in runs)]
+
+
+def run_row(question: str, run: str, found: list[dict]) -> list[str]:
+    """ "-" stands for what has not been run, or what the report does not print."""
+    numbers = reported(question, run)
+    validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
+    what = command(question, run, found)
+    if not found:
+        return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
+    best = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
+    last = [test_accuracy(r, "last", "report_images") for r in found]
+    return [
+        run,
+        ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in found),
+        f"{validation} / {mean_and_deviation(best)}",
+        f"{test} / {mean_and_deviation(last)}",
+        with_interval(found),
+        duration(sum(h["seconds"] for r in found for h in r["history"])),
+        what,
+    ]
+
+
+def figure_rows(question: str, results: Results) -> list[list[str]]:
+    """The report's figures of this question: number, what it shows, ours, how far ours is from it, its reading error."""
+    rows = []
+    for figure in report_figures(question):
+        runs = [f"dropout_{rate}" for rate in figure["bars"]] if "bars" in figure else [figure["run"]]
+        there = [run for run in runs if run in results]
+        ours, apart = "not run", "-"
+        if there:
+            ours = " ".join(link(kind, f"{question}/{path}") for kind, path in figure["ours"].items())
+            apart = bars_distance(figure, results) if "bars" in figure else distances(figure, results[there[0]])
+        shows = figure["shows"] + (f" (*{figure['remark']}*)" if "remark" in figure else "")
+        what = command(question, " ".join(runs), results.get(runs[0], []))
+        rows.append([figure["figure"], shows, ours, apart or "-", f"`{what}`"])
+    return rows
+
+
+def distances(figure: dict, found: list[dict]) -> str:
+    """How far ours is, in words; empty where there is nothing to compare."""
+    parts, losses = [], []
+    if (points := distance(figure, found, "validation_accuracy")) is not None:
+        parts.append(f"accuracy {points:.1f} points")
+    for name, short in (("train_loss", "training"), ("validation_loss", "validation")):
+        if (apart := distance(figure, found, name)) is not None:
+            losses.append(f"{short} {apart:.3f}")
+    if losses:
+        parts.append(f"loss {', '.join(losses)} (read within {figure['loss_error']:.3f})")
+    printed, last = figure.get("printed", {}), [r["history"][-1] for r in found]
+    ours = {
+        "best_validation": [best_validation(r) for r in found],
+        "last_validation": [h["validation_accuracy"] for h in last],
+        "test": [test_accuracy(r, "last", "report_images") for r in found],
+    }
+    for name, theirs in printed.items():
+        parts.append(f"{name.replace('_', ' ')} {theirs} / {mean_and_deviation(ours[name])}")
+    return "; ".join(parts)
+
+
+def bars_distance(figure: dict, results: Results) -> str:
+    """Mean absolute difference of the best validation accuracies, over the rates there are."""
+    ours = {rate: results.get(f"dropout_{rate}") for rate in figure["bars"]}
+    apart = [
+        abs(statistics.mean(map(best_validation, found)) - figure["bars"][rate])
+        for rate, found in ours.items()
+        if found
+    ]
+    return f"accuracy {statistics.mean(apart):.1f} points over {len(apart)} of {len(ours)} rates (read within 0.2)"
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+
+def link(text: str, path: str) -> str:
+    """In Markdown; the path as a browser needs it."""
+    return f"[{text}]({quote(path)})"
+
+
+def picture(text: str, path: str) -> str:
+    return "!" + link(text, path)
+
+
+def markdown_table(table: Table) -> list[str]:
+    head, *body = ["| " + " | ".join(row) + " |" for row in table]
+    return [head, "|" + " --- |" * len(table[0]), *body, ""]
+
+
+def question_section(
+    question: str, heading: str, results: Results, tables: Sequence[Table], verdicts: list[dict], figures: Iterable[str]
+) -> str:
+    """A question's part of the page, as Markdown: tables, claims, figures, and every run's own figures folded away."""
+    links = {}  # to the JSON, or to the folder of all seeds'
+    for run, found in results.items():
+        file = f"seed{found[0]['seed']}.json" if len(found) == 1 else ""
+        links[run] = link(run, f"{question}/{run}/{file}")
+    lines = [f"## {heading}", ""]
+    for head, *rows in tables:
+        cells = [[links.get(row[0], row[0]), *row[1:]] for row in rows]
+        if head[-1] == "command":
+            cells = [[*row[:-1], f"`{row[-1]}`"] for row in cells]
+        lines += markdown_table([head, *cells])
+    if verdicts:
+        judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
+        lines += markdown_table([["claim", "the report says", "verdict", "measured"], *judged])
+    lines += [picture(name, f"{question}/{name}") + "\n" for name in figures]
+    for run in results:
+        lines += [f"<details><summary>{run}: curves, filters, confusion matrix</summary>", ""]
+        lines += [picture(f"{run} {kind}", f"{question}/{run}/{kind}.png") for kind in RUN_FIGURES]
+        lines += ["", "</details>", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def general_practices(root: Path) -> list[list[str]]:
+    """What the report did in every question, and what it changes: over all runs there are, one reading per training."""
+    trained = {}
+    for path in sorted(root.glob("q*/*/")):
+        for result in load_results(path):
+            trained[json.dumps(result["history"][-1]) + str(len(result["history"]))] = result
+    if not trained:
+        return []
+    found = list(trained.values())
+    restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in found]
+    fewer = [test_accuracy(r, "last", "report_images") - test_accuracy(r, "last") for r in found]
+    return [
+        [
+            "tests the last weights, not the best on validation",
+            f"best − last, all test images: {spread_of(restored)}",
+        ],
+        [
+            "tests on the first 1,000 of 10,000 images",
+            f"first 1,000 − all, last weights: {spread_of(fewer)}; the 95 % interval of one accuracy near 80 % is ±2.5 points",
+        ],
+    ]
+
+
+def spread_of(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):+.2f} points on average over {len(values)} trainings ({min(values):+.2f} to {max(values):+.2f})"
+
+
+def write_page(root: Path, sample: bool) -> None:
+    """README.md under `root`, from the summaries of all questions there are."""
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("q*/summary.json"))]
+    lines = [SAMPLE_HEAD] if sample else []
+    lines += [PAGE_HEAD, *verdict_list(summaries)]
+    if not sample:
+        rows = [row for summary in summaries for row in summary["figures"]]
+        head = ["Figure", "shows", "ours", "mean distance of our curves", "command"]
+        lines += ["## The report's figures, in order", "", FIGURES_HEAD, *markdown_table([head, *rows])]
+        rows = general_practices(root) + [row for summary in summaries for row in summary["practices"]]
+        lines += ["## What the report did, and what it changes", "", PRACTICES_HEAD]
+        lines += markdown_table([["the report", "what it is worth, from our runs"], *rows])
+    lines += [summary["section"] for summary in summaries]
+    write_atomic(root / "README.md", "\n".join(lines).encode())
+
+
+def verdict_list(summaries: Sequence[dict]) -> list[str]:
+    """The claims by verdict."""
+    verdicts = [v for summary in summaries for v in summary["verdicts"]]
+    lines = []
+    for kind in ("holds", "does not hold", "within noise", "not run"):
+        if numbers := [str(v["claim"]) for v in verdicts if v["verdict"] == kind]:
+            lines.append(f"- **{kind}**: claim{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}")
+    return [*lines, ""]
+
+
+SAMPLE_HEAD = "# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10\n"
+PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
+
+Written by the question scripts from the JSON files beside it; do not edit.
+
+**Scope.** Every run of the report, trained with the settings of its published code on the official CIFAR-10, one seed
+each unless the table says more. Accuracies are in percent. "-" has not been run, or the report prints no number.
+
+**How to read it.** The report tests the weights of the last epoch on the first 1,000 test images; so does the column
+beside its numbers. What we would report follows: the weights of the best validation epoch on all 10,000, with the 95 %
+Wilson interval of one seed, or mean ± standard deviation of several. "time" is that of all epochs a run is read from.
+
+**Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
+zero; else it is *within noise*. The interval holds the noise of the images and, where several seeds have measured it,
+that of training. A claim of several parts holds where all of them do. A verdict is on the direction of a claim, not on
+the size of the numbers in it. The report's ten claims:
+"""
+FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
+200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have; two trainings
+of the same settings differ by about as much as two seeds do. `report.json` says how the curves were read.
+"""
+PRACTICES_HEAD = """The authors published their code, which is why we can know. None of this is unusual in a course's homework, and each is
+worth knowing when numbers are compared.
+"""
+
+
+def write_report(
+    question: str,
+    doc: str,
+    runs: Sequence[Run],
+    args: argparse.Namespace,
+    claims: Sequence[Claim] = (),
+    figures: Callable[[Results], dict[str, Figure]] | None = None,
+    tables: Callable[[Results], list[Table]] | None = None,
+    practices: Callable[[Results], list[list[str]]] | None = None,
+    beside: dict[str, str] | None = None,
+    redraw: Iterable[str] | None = None,
+    show: bool = False,
+) -> None:
+    """Figures, summary.json and the page, from what is in `results/` alone.
+
+    doc: the script's docstring, whose first line is the heading. figures: of all results, by file name. tables: further
+    ones. practices: what the report did, and what it changes. beside: other questions' runs that these functions want
+    (run: question). redraw: the runs whose own figures are drawn again, besides those that have none; None draws all.
+    show: print tables and verdicts.
+    """
+
+    def write() -> None:
+        folder = question_folder(question, args)
+        with file_lock(folder.parent / ".page.lock"), plain_style():
+            results = read_question(folder, [run.name for run in runs], beside or {})
+            own = {run: found for run, found in results.items() if run not in (beside or {})}
+            own = Results(own, results.repeated, folder)
+            for run, found in own.items():
+                drawn = all((folder / run / f"{name}.png").exists() for name in RUN_FIGURES)
+                if redraw is None or run in redraw or not drawn:
+                    draw_run(found, folder / run)
+            drawings = figures(results) if figures else {}
+            for name, figure in drawings.items():
+                save_figure(figure, folder / name)
+            named = dict.fromkeys([*(run.name for run in runs), *own])
+            found_tables = [run_table(question, named, own, args.sample), *(tables(results) if tables else [])]
+            verdicts = [claim.judge(results) for claim in claims]
+            heading = doc.splitlines()[0].rstrip(".")
+            summary = {
+                "question": question,
+                "verdicts": verdicts,
+                "figures": [] if args.sample else figure_rows(question, own),
+                "practices": practices(results) if practices else [],
+                "section": question_section(question, heading, own, found_tables, verdicts, drawings),
+            }
+            text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(folder / "summary.json", text.encode())
+            write_page(folder.parent, args.sample)
+        if show:
+            print_report(folder, found_tables, verdicts, args.sample)
+
+    on_first(write)
+
+
+REPEATED = (
+    ("q1", "convnet"),
+    ("q2", "batchnorm"),
+    ("q3", "crop_flip"),
+)  # settings whose seeds measure training's noise
+
+
+def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> Results:
+    """All results of a question: of its runs, in order, then of whatever else is there, then of other questions'."""
+    others = sorted(path.name for path in folder.glob("*/") if path.name not in runs)
+    found = {run: load_results(folder / run) for run in [*runs, *others]}
+    found |= {run: load_results(folder.parent / question / run) for run, question in beside.items()}
+    repeated = [load_results(folder.parent / question / run) for question, run in REPEATED]
+    found = {run: seeds for run, seeds in found.items() if seeds}
+    return Results(found, [seeds for seeds in repeated if len(seeds) > 1], folder)
+
+
+def print_report(folder: Path, tables: Sequence[Table], verdicts: Sequence[dict], sample: bool) -> None:
+    """The tables without their commands, and the verdicts, on the screen."""
+    print(SAMPLE_HEAD if sample else "")
+    for table in tables:
+        rows = [row[:-1] for row in table] if table[0][-1] == "command" else table
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        print("".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows))
+    for found in verdicts:
+        print(f"claim {found['claim']}: {found['report']}\n  {found['verdict']}. {found['evidence']}".rstrip())
+    print(f"\nfigures and numbers: {folder}/, page: {folder.parent / 'README.md'}")
