@@ -65,8 +65,11 @@ from common import (
     stream_seed,
     train_epoch,
 )
-from layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, product_rule
 from machine import (
+    Conv2d,
+    ConvolutionAsProduct,
+    Directions,
+    Dropout,
     Parser,
     UserError,
     choose_device,
@@ -75,6 +78,7 @@ from machine import (
     environment,
     folder,
     keep_large_blocks,
+    product_rule,
     session,
 )
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER

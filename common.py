@@ -52,8 +52,9 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from augment import augment
-from layers import Conv2d, Dropout
 from machine import (
+    Conv2d,
+    Dropout,
     Parser,
     UserError,
     announce,

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from augment import HorizontalFlip
 from common import Run, Settings, Split, autocast, init_linear, list_runs, make_parser, select_runs, train_runs
-from layers import fast_convolutions
-from machine import UserError, rank, session
+from machine import UserError, fast_convolutions, rank, session
 from report import (
     GREY,
     Check,

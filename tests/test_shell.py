@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import start
 from torchvision.datasets import CIFAR10
 
 import common
 import machine
 import q1_convnet
 from common import ROOT, fetch_cifar10, find_data_dir
-from conftest import start
 from machine import UserError, explain, folder
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("q*_*.py"))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import layers
+import machine
 from common import ConvNet
-from layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, ProductRule, fast_convolutions, image_patches
+from machine import Conv2d, ConvolutionAsProduct, Directions, Dropout, ProductRule, fast_convolutions, image_patches
 from q4_vgg_transfer import VGG11
 
 BATCH = 2
@@ -119,7 +119,7 @@ def test_patches_are_unfolds():
 @pytest.fixture
 def rule(monkeypatch):
     """Set the rule, whatever the CPU."""
-    return lambda *limits: monkeypatch.setattr(layers, "product_rule", lambda *_: ProductRule(*limits))
+    return lambda *limits: monkeypatch.setattr(machine, "product_rule", lambda *_: ProductRule(*limits))
 
 
 @pytest.mark.parametrize("model", [lambda: ConvNet(batch_norm=True), VGG11], ids=["ConvNet", "VGG11"])
@@ -162,7 +162,7 @@ def test_a_ready_made_model_keeps_its_parameters():
 )
 def test_the_rule_follows_from_the_cpu(monkeypatch, device, dtype, capabilities, limits):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert layers.product_rule.__wrapped__(device, dtype) == ProductRule(*limits)
+    assert machine.product_rule.__wrapped__(device, dtype) == ProductRule(*limits)
 
 
 def test_the_rule_in_words_and_per_layer():
