@@ -91,7 +91,8 @@ RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 AFTER_POOL_RATES = (0.5, 0.6)
 BASELINES = ("baseline", "baseline_20")  # 30 epochs, 20 epochs
 FLIPS = {augmentation[0].p: run for run, augmentation in AUGMENTATIONS.items() if run.startswith("flip")}
-SINGLES = [run for run, augmentation in AUGMENTATIONS.items() if len(augmentation) == 1]
+REPORTED = [run for run in AUGMENTATIONS if reported("q3", run)]  # the claims are about these
+SINGLES = [run for run in REPORTED if len(AUGMENTATIONS[run]) == 1]
 MIXTURE = "crop_flip_gray_blur_jitter"
 
 
@@ -206,7 +207,7 @@ CLAIMS = [
     Claim(
         8,
         "The full mixture (crop, flip, gray, blur, jitter) and crop + flip are the best augmentations.",
-        (two_best(["crop_flip", MIXTURE], list(AUGMENTATIONS)),),
+        (two_best(["crop_flip", MIXTURE], REPORTED),),
     ),
     Claim(
         9,
