@@ -6,7 +6,7 @@ These draw one per image, in two steps:
     draw(n, rng) -> the parameters of n images, tensors [n, ...] on the CPU, from the generator `rng` alone
     apply(images, *parameters) -> new images; deterministic, float32 [B, 3, H, W] in [0, 1] on any device
 
-An augmentation of your own is a frozen dataclass with these two methods, and no line elsewhere.
+An augmentation of your own is a frozen dataclass with these two methods; its repr names the checkpoints.
 """
 
 from dataclasses import dataclass

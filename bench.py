@@ -26,9 +26,9 @@ Two CPU cores need about ten minutes, a GPU a minute or two. Let the machine do 
 import argparse
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -39,17 +39,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as T
-from torchvision.datasets import CIFAR10
-from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
-from augment import HorizontalFlip, augment
 from common import (
     Run,
     Settings,
@@ -65,6 +59,21 @@ from common import (
     stream_seed,
     train_epoch,
 )
+
+# isort: split
+# common stands first: it answers Ctrl-C while torch loads
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from augment import HorizontalFlip, augment
 from machine import (
     Conv2d,
     ConvolutionAsProduct,
@@ -76,8 +85,8 @@ from machine import (
     choose_precision,
     computing_dtype,
     environment,
-    folder,
     keep_large_blocks,
+    path_option,
     product_rule,
     session,
 )
@@ -122,6 +131,8 @@ def peak_memory(device: torch.device) -> float:
     """MiB: of this process; on CUDA, of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -457,7 +468,7 @@ def make_parser() -> Parser:
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
     parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download")
     parser.add_argument(
-        "--data-dir", type=folder, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
+        "--data-dir", type=path_option, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
     return parser

@@ -32,9 +32,9 @@ import statistics
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 NOTEBOOK_BACKEND = os.environ.pop("MPLBACKEND", None)  # matplotlib does not load with that of another environment
@@ -63,11 +63,11 @@ from machine import (
     distribute,
     environment,
     file_lock,
-    folder,
     keep_large_blocks,
     my_part,
     on_all,
     on_first,
+    path_option,
     rank,
     remove_leftovers,
     require_writable,
@@ -96,8 +96,7 @@ class Settings:
     """Everything one training run is made of; the defaults are question 1's.
 
     All fields but `epochs` and `patience` shape the weights: together they name a trajectory (see `key`). How far a
-    trajectory is followed, and which rule stops it, is only a way of reading it. Fields with `help` are options of
-    the command line.
+    trajectory is followed, and which rule stops it, is only a way of reading it.
 
     A field's default never changes: a trajectory is named by what differs from the defaults.
     """
@@ -116,11 +115,9 @@ class Settings:
     learning_rate: float = 2e-3
     lr_decay: float = 0.95  # the learning rate is multiplied by this after every epoch
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
-    precision: str = field(default="auto", metadata={"help": "fp32, bf16, or auto: bf16 where it is native and faster"})
+    precision: str = "auto"  # becomes fp32 or bf16: see `choose_precision`
     seed: int = 0
-    epochs: int = field(
-        default=20, metadata={"help": "instead of the report's number; such runs are named by it, and not compared"}
-    )
+    epochs: int = 20
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
     def as_dict(self) -> dict:
@@ -209,12 +206,12 @@ class Split:
 
 def find_data_dir(option: Path | None = None) -> Path:
     """--data-dir, else the environment variable CIFAR10_DIR, else data/; also where it names the folder inside."""
-    path = option or folder(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
+    path = option or path_option(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 
 def cifar10_problem(data_dir: Path) -> str | None:
-    """What is missing or damaged of the official files; torchvision would not miss batches.meta."""
+    """What is missing or damaged of the official files; torchvision does not look for batches.meta."""
     files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
     here = data_dir / CIFAR10.base_folder
     missing = [name for name in files if not (here / name).exists()]
@@ -410,24 +407,26 @@ def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def stopping_epoch(accuracies: Sequence[float], epochs: int, patience: int | None = None) -> int | None:
+def stopping_epoch(
+    accuracies: Sequence[float], epochs: int, patience: int | None = None, ties_count: bool = False
+) -> int | None:
     """The epoch (from 1) after which training ends; None while it goes on.
 
     It ends after `epochs`, or when `patience` epochs since the best one had a validation accuracy below it. As in the
-    report's code, an epoch that equals the best neither counts nor starts the count again.
+    report's code, an epoch that equals the best neither counts nor starts the count again; with `ties_count` it counts.
     """
     best, below = -math.inf, 0
     for epoch, accuracy in enumerate(accuracies[:epochs], 1):
         if accuracy > best:
             best, below = accuracy, 0
-        elif accuracy < best:
+        elif accuracy < best or ties_count:
             below += 1
             if below == patience:
                 return epoch
     return epochs if len(accuracies) >= epochs else None
 
 
-def ended(history: Sequence[dict], settings: Settings) -> int | None:
+def stops_after(history: Sequence[dict], settings: Settings) -> int | None:
     """The epoch after which the settings' rule ends this training; None while it goes on."""
     return stopping_epoch([h["validation_accuracy"] for h in history], settings.epochs, settings.patience)
 
@@ -462,8 +461,8 @@ def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -
 
 
 def cut_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Numbers of images [N] -> batches of `size`. A last one that would leave a process a single image joins the one
-    before: batch norm cannot normalise by one image.
+    """Numbers of images [N] -> batches of `size`. A last batch of a single image per process is merged into the one
+    before it: batch norm cannot normalise one image.
     """
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) < 2 * world_size():
@@ -555,9 +554,9 @@ def validate(model: nn.Module, validation: Split, settings: Settings, epoch: int
 def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path) -> dict:
     """Follow the run's trajectory from its checkpoint at `path`, if there is one, until the run's rule ends it.
 
-    After every epoch the checkpoint is replaced: an interrupted run loses at most the epoch it was in, and no epoch is
-    ever trained twice. What any rule could ask for later is recorded when the epoch passes, the test predictions and
-    the first layer's filters, so that every rule can be read from the trajectory. Returns the checkpoint:
+    After every epoch the checkpoint is replaced, so an interrupted run loses at most the epoch it was in. What any rule
+    could ask for later, the test predictions and the first layer's filters, is recorded when the epoch passes, so that
+    every rule can be read from the trajectory. Returns the checkpoint:
       settings, network         what shaped the weights: see `Settings.trajectory`; the printed network
       environments              where the epochs were trained
       history                   one dict per epoch
@@ -571,7 +570,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     if state is None:
         state = {"settings": run.settings.trajectory(), "network": str(model), "environments": [], "history": []}
         state |= {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
-    if not ended(state["history"], run.settings):
+    if not stops_after(state["history"], run.settings):
         train_on(run, model, data, device, path, state)
     return state
 
@@ -579,32 +578,34 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
 def train_on(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, state: dict) -> None:
     """Train from the state on to the end, in place; the checkpoint at `path` is replaced after every epoch."""
     settings, history = run.settings, state["history"]
-    announce(place(run), device, settings.precision)
+    announce(label(run), device, settings.precision)
     optimizer = make_optimizer(model, settings, device)
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    clock = Clock()
+    start = time.perf_counter()
     data = run.prepare(model, data, settings)
+    preparing = time.perf_counter() - start
     network = distribute(model, device)
     with progress_bar(run, len(data["train"]), len(history)) as progress:
-        while not ended(history, settings):
-            epoch = len(history) + 1
+        while not stops_after(history, settings):
+            start, epoch = time.perf_counter(), len(history) + 1
             show_epoch(progress, run, history)
             lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
-            trained = clock.seconds()
+            speed = len(data["train"]) / (time.perf_counter() - start)
             share_buffers(model)
             history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
             history[-1] |= validate(model, data["validation"], settings, epoch)
             record_epoch(state, model, data["test"], settings, step_losses)
             record_environment(state, environment(device, settings.precision))
-            history[-1]["seconds"] = round(clock.restart(), 2)
+            history[-1]["seconds"] = round(time.perf_counter() - start + preparing, 2)
+            preparing = 0.0
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             on_first(lambda: save_checkpoint(path, state))
-            report_epoch(progress, run, history, speed=len(data["train"]) / trained)
+            print_epoch(progress, run, history, speed)
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -630,20 +631,6 @@ def record_environment(state: dict, here: dict) -> None:
         environments.append({**here, "from_epoch": len(state["history"])})
 
 
-class Clock:
-    """Seconds since it was started or restarted."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    def restart(self) -> float:
-        passed, self.start = self.seconds(), time.perf_counter()
-        return passed
-
-
 def progress_bar(run: Run, images: int, epochs_done: int) -> tqdm:
     """Over all images of all epochs, with the time left; of the first process, on a terminal."""
     return tqdm(
@@ -657,7 +644,7 @@ def progress_bar(run: Run, images: int, epochs_done: int) -> tqdm:
     )
 
 
-def place(run: Run) -> str:
+def label(run: Run) -> str:
     return f"{run.name} seed {run.settings.seed}"
 
 
@@ -666,17 +653,17 @@ def show_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
     so_far = ""
     if history:
         so_far = "val {validation_loss:.3f} acc {validation_accuracy:.1f} %, ".format(**history[-1])
-    progress.set_description_str(f"{place(run)}: {so_far}epoch {len(history) + 1}/{run.settings.epochs}")
+    progress.set_description_str(f"{label(run)}: {so_far}epoch {len(history) + 1}/{run.settings.epochs}")
 
 
-def report_epoch(progress: tqdm, run: Run, history: list[dict], speed: float) -> None:
+def print_epoch(progress: tqdm, run: Run, history: list[dict], speed: float) -> None:
     """When an epoch is over: the bar on a terminal; on anything else one line."""
     numbers = "train {train_loss:.3f} val {validation_loss:.3f} acc {validation_accuracy:.1f} %".format(**history[-1])
     progress.set_postfix_str(numbers)
     if progress.disable:
         left = (run.settings.epochs - len(history)) * statistics.median(h["seconds"] for h in history)
         epoch = f"epoch {len(history)}/{run.settings.epochs}"
-        tell(f"{place(run)} {epoch}: {numbers}, {speed:.0f} img/s, at most {duration(left)} left")
+        tell(f"{label(run)} {epoch}: {numbers}, {speed:.0f} img/s, at most {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
@@ -761,7 +748,7 @@ def locked_runs(runs: Sequence[Run], checkpoint_dir: Path) -> Iterator[tuple[Run
                 on_first(lambda: remove_leftovers(path))
                 yield run, path
                 continue
-        tell(f"{place(run)} is being trained by another process; coming back to it")
+        tell(f"{label(run)} is being trained by another process; coming back to it")
         waiting.append(run)
         busy += 1
 
@@ -795,7 +782,7 @@ def correct_images(scored: dict) -> np.ndarray:
 
 def read_run(question: str, run: Run, model: nn.Module, state: dict, labels: Tensor) -> dict:
     """Read a run from its trajectory: follow its rule through the recorded epochs. Trains nothing."""
-    last = ended(state["history"], run.settings)
+    last = stops_after(state["history"], run.settings)
     history = state["history"][:last]
     best = best_epoch(history)
     environments = [e for e in state["environments"] if e["from_epoch"] <= last]
@@ -893,21 +880,22 @@ def positive(text: str) -> int:
 def make_parser(doc: str) -> Parser:
     """The options all question scripts share; `doc` is the script's docstring, its manual."""
     parser = Parser(doc)
-    settings = {f.name: f.metadata.get("help") for f in dataclasses.fields(Settings)}
+    epochs = "instead of the report's number; such runs are named by it, and not compared"
+    precision = "fp32, bf16, or auto: bf16 where it is native and faster"
     parser.add_argument("--list", action="store_true", help="show every run, its state and the time left, and exit")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
-    parser.add_argument("--epochs", type=positive, metavar="N", help=settings["epochs"])
+    parser.add_argument("--epochs", type=positive, metavar="N", help=epochs)
     sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
     parser.add_argument("--sample", action="store_true", help=sample)
     data = "folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
-    parser.add_argument("--data-dir", type=folder, help=data)
+    parser.add_argument("--data-dir", type=path_option, help=data)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=settings["precision"])
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     parser.add_argument("--fresh", action="store_true", help="start over; the old checkpoints stay as *.old1, *.old2")
     parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
-    parser.add_argument("--output-dir", type=folder, default=ROOT / "results", help="default results/")
-    parser.add_argument("--checkpoint-dir", type=folder, default=ROOT / "checkpoints", help="default checkpoints/")
+    parser.add_argument("--output-dir", type=path_option, default=ROOT / "results", help="default results/")
+    parser.add_argument("--checkpoint-dir", type=path_option, default=ROOT / "checkpoints", help="default checkpoints/")
     return parser
 
 
@@ -996,46 +984,55 @@ def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> N
 
 
 def print_runs(runs: Sequence[Run], checkpoint_dir: Path, here: Path) -> None:
-    histories = {path.stem: read_history(path) for path in sorted(checkpoint_dir.glob("*.pt"))}
-    seconds = epoch_seconds(histories)
+    checkpoints = {path.stem: glance(path) for path in sorted(checkpoint_dir.glob("*.pt"))}
+    seconds = epoch_seconds(checkpoints.values())
     width, left_of = max(len(run.name) for run in runs), {}
     for run in runs:
         settings, key = run.settings, run.settings.key()
         result = here / run.name / f"seed{settings.seed}.json"
-        state, left = run_state(settings, histories.get(key, []), result.exists())
+        state, left = run_state(settings, checkpoints.get(key, ({}, [])), result.exists())
         line = f"{run.name:<{width}}  seed {settings.seed}  {settings.epochs:>3} epochs  {state:<28}"
         if left:
-            left_of[key] = max(left, left_of.get(key, 0))
-            line += f"at most {duration(left * seconds[settings.network])} left" if settings.network in seconds else ""
+            per_epoch = seconds.get(kind(settings.trajectory()))
+            if left > left_of.get(key, (0, None))[0]:
+                left_of[key] = (left, per_epoch)
+            line += f"at most {duration(left * per_epoch)} left" if per_epoch else f"{left} epochs left"
         print(line.rstrip())
     if len(runs) > 1 and left_of:
-        known = sum(epochs * seconds.get(key.split("-")[0], 0) for key, epochs in left_of.items())
-        unknown = sum(epochs for key, epochs in left_of.items() if key.split("-")[0] not in seconds)
+        known = sum(epochs * per_epoch for epochs, per_epoch in left_of.values() if per_epoch)
+        unknown = sum(epochs for epochs, per_epoch in left_of.values() if not per_epoch)
         parts = [f"at most {duration(known)}"] * bool(known) + [f"{unknown} epochs"] * bool(unknown)
         print("in all:", " and ".join(parts), "left")
 
 
-def read_history(path: Path) -> list[dict] | None:
-    """The epochs in a checkpoint; None where it is damaged."""
+def glance(path: Path) -> tuple[dict, list[dict]] | None:
+    """Settings and history of a checkpoint, without its tensors; None where it is damaged."""
     try:
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")["history"]
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        return state["settings"], state["history"]
     except Exception:  # a damaged file fails anywhere in zipfile, pickle or torch
         return None
 
 
-def epoch_seconds(histories: dict[str, list[dict] | None]) -> dict[str, float]:
-    """Median seconds of an epoch by network, with which a checkpoint's key begins."""
-    seconds: dict[str, list[float]] = {}
-    for key, history in histories.items():
-        seconds.setdefault(key.split("-")[0], []).extend(h["seconds"] for h in history or ())
-    return {network: statistics.median(found) for network, found in seconds.items() if found}
+def kind(trajectory: dict) -> tuple:
+    """What an epoch's duration depends on most."""
+    return tuple(trajectory.get(name) for name in ("network", "backbone", "data"))
 
 
-def run_state(settings: Settings, history: list[dict] | None, has_result: bool) -> tuple[str, int]:
+def epoch_seconds(checkpoints: Iterable[tuple[dict, list[dict]] | None]) -> dict[tuple, float]:
+    """Median seconds of an epoch, by `kind`."""
+    seconds: dict[tuple, list[float]] = {}
+    for settings, history in filter(None, checkpoints):
+        seconds.setdefault(kind(settings), []).extend(h["seconds"] for h in history)
+    return {of: statistics.median(found) for of, found in seconds.items() if found}
+
+
+def run_state(settings: Settings, checkpoint: tuple[dict, list[dict]] | None, has_result: bool) -> tuple[str, int]:
     """In words, and how many epochs are left at most."""
-    if history is None:
+    if checkpoint is None:
         return "damaged checkpoint", settings.epochs
-    if ended(history, settings):
+    _, history = checkpoint
+    if stops_after(history, settings):
         return ("done" if has_result else "trained, no result yet"), 0
     state = f"epoch {len(history)}" if history else "not started"
     if has_result:

@@ -147,7 +147,7 @@ class Directions(NamedTuple):
 
 
 class ProductRule(NamedTuple):
-    """Up to how many pixels of output per image the products pay, for each direction; 0 is never.
+    """The largest output, in pixels per image, for which each direction is computed as a product; 0 is never.
 
     A fixed rule of the CPU, not a timing at start: a run must repeat. `bench.py` prints what it rests on.
     """
@@ -240,14 +240,20 @@ def as_images(pixels: Tensor, like: Tensor) -> Tensor:
 class Conv2d(nn.Conv2d):
     """nn.Conv2d; on CPUs where it pays, some directions of small layers are computed as products of matrices.
 
-    Stride 1, padding K // 2, odd K and a bias: the convolutions of ConvNet and of VGG11_bn.
+    Those with stride 1, padding K // 2, odd K and a bias: the convolutions of ConvNet and of VGG11_bn.
     """
+
+    def keeps_size(self) -> bool:
+        size = self.kernel_size[0]
+        simple = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
+        same = size % 2 == 1 and self.kernel_size == (size, size) and self.padding == (size // 2, size // 2)
+        return simple and same and self.bias is not None
 
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         directions = product_rule(device, dtype).directions(images.shape[2] * images.shape[3])
-        if not any(directions):
+        if not any(directions) or not self.keeps_size():
             return super().forward(images)
         return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), directions)
 
@@ -370,7 +376,7 @@ def processes(device: torch.device) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def folder(text: str) -> Path:
+def path_option(text: str) -> Path:
     """Type of options that name a file or a folder: ~ is the home folder, which a shell leaves alone after "="."""
     return Path(text).expanduser()
 
@@ -411,7 +417,7 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file; yields whether it was to be had. The lock of a killed process is free again."""
+    """Hold a lock file; yields True, or False where another process has it. A killed process lets go of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=-1 if wait else 0, mode=0o666)  # folders may be shared by several users

@@ -11,9 +11,13 @@ colour patches after; 80.7 % of the first 1,000 test images are right. What we f
 from collections.abc import Sequence
 from functools import partial
 
+from common import Run, Settings, list_runs, make_parser, select_runs, train_runs
+
+# isort: split
+# common stands first: it answers Ctrl-C while torch loads
+
 import numpy as np
 
-from common import Run, Settings, list_runs, make_parser, select_runs, train_runs
 from machine import session
 from report import NOT_RUN, Check, Claim, Finding, Results, load_arrays, overfits, report_filters, verdict, write_report
 
@@ -65,13 +69,13 @@ def filters_become_smooth(run: str) -> Check:
 
 CLAIMS = [
     Claim(
-        1,
+        "1",
         "Without regularisation the network overfits: validation loss bottoms out near epoch 11 and then rises "
         "while training loss falls.",
         (overfits("convnet"),),
     ),
     Claim(
-        2,
+        "2",
         "First-layer filters look like white noise before training and show edges and colour patches after.",
         (filters_become_smooth("convnet"),),
     ),
@@ -85,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return list_runs("q1", runs, args)
         write = partial(write_report, "q1", __doc__, RUNS, args, CLAIMS)
         for run in train_runs("q1", runs, args, device):
-            write(redraw=[run.name])
-        write(redraw=None if args.replot else (), show=True)
+            write(changed=[run.name])
+        write(show=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from dataclasses import replace
 from functools import partial
 
 from common import Run, Settings, duration, list_runs, make_parser, positive, select_runs, stopping_epoch, train_runs
+
+# isort: split
+# common stands first: it answers Ctrl-C while torch loads
+
 from machine import session
 from report import (
     NOT_RUN,
@@ -73,12 +77,12 @@ def restores_others(results: Results) -> Finding:
 
 CLAIMS = [
     Claim(
-        3,
+        "3",
         "BatchNorm raises validation and test accuracy by about 2 points.",
         (beats("batchnorm", "convnet"), beats("batchnorm", "convnet", on="validation")),
     ),
     Claim(
-        4,
+        "4",
         "Early stopping with BN: patience 7 beats patience 5 on validation (85.8 against 82.8).",
         (beats("batchnorm_patience7", "batchnorm_patience5", on="validation"), restores_others),
     ),
@@ -206,7 +210,7 @@ def stopping_row(network: str, result: dict, results: Results) -> list[str]:
         str(paired_difference(alone, "rule", "rule", ("best", "last"))),
         saved,
         cost,
-        command("q2", name),
+        command("q2", name, [result], declared=name in [run.name for run in RUNS]),
     ]
 
 
@@ -226,13 +230,8 @@ def practices(results: Results) -> list[list[str]]:
 def ties(network: str, results: Results) -> str:
     """Where patience 5 stops, and where it would if a tie counted."""
     accuracies = [h["validation_accuracy"] for h in results[f"{network}_full"][0]["history"]]
-    ours = stopping_epoch(accuracies, len(accuracies), 5)
-    best, since = -math.inf, 0
-    for counted, accuracy in enumerate(accuracies, 1):
-        best, since = (accuracy, 0) if accuracy > best else (best, since + 1)
-        if since == 5:
-            break
-    return f"{network}, patience 5: ends after epoch {ours}; if a tie counted, after epoch {counted}"
+    ends, counted = (stopping_epoch(accuracies, len(accuracies), 5, ties_count) for ties_count in (False, True))
+    return f"{network}, patience 5: ends after epoch {ends}; if a tie counted, after epoch {counted}"
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -249,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return list_runs("q2", runs, args)
         write = partial(write_report, "q2", __doc__, RUNS, args, CLAIMS, figures, tables, practices)
         for run in train_runs("q2", runs, args, device):
-            write(redraw=[run.name])
-        write(redraw=None if args.replot else (), show=True)
+            write(changed=[run.name])
+        write(show=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Question 3: augmentation and dropout.
 
-    python q3_augment_dropout.py                                 # the baseline and all runs, hours each
+    python q3_augment_dropout.py                                 # the baselines and all runs, about an hour each
     python q3_augment_dropout.py --list                          # every run, its state, the time left
     python q3_augment_dropout.py --only crop_flip dropout_0.1    # some of them
     python q3_augment_dropout.py --sample --only flip_p0.5       # minutes, the bundled images
@@ -21,10 +21,6 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-from torch import Tensor
-
-from augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
 from common import (
     VALIDATION_IMAGES,
     Run,
@@ -37,6 +33,14 @@ from common import (
     select_runs,
     train_runs,
 )
+
+# isort: split
+# common stands first: it answers Ctrl-C while torch loads
+
+import numpy as np
+from torch import Tensor
+
+from augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
 from machine import UserError, on_first, require_writable, session
 from report import (
     NOT_RUN,
@@ -186,7 +190,7 @@ def two_best(named: Sequence[str], of: Sequence[str]) -> Check:
 
 CLAIMS = [
     Claim(
-        5,
+        "5",
         "Horizontal flipping helps, best near p=0.5 to 0.7, and p=0.9 hurts.",
         (
             *(beats(f"flip_p{p}", other) for p in (0.5, 0.7) for other in ("baseline", "flip_p0.1", "flip_p0.3")),
@@ -194,7 +198,7 @@ CLAIMS = [
         ),
     ),
     Claim(
-        6,
+        "6",
         "Random crop helps; crop + flip is best of the simple ones "
         "and narrows the gap between training and validation.",
         (
@@ -203,14 +207,14 @@ CLAIMS = [
             narrowest_gap("crop_flip", ["baseline"]),
         ),
     ),
-    Claim(7, "Grayscale alone barely helps or hurts.", (about_equal("grayscale", "baseline", margin=2.0),)),
+    Claim("7", "Grayscale alone barely helps or hurts.", (about_equal("grayscale", "baseline", margin=2.0),)),
     Claim(
-        8,
+        "8",
         "The full mixture (crop, flip, gray, blur, jitter) and crop + flip are the best augmentations.",
         (two_best(["crop_flip", MIXTURE], REPORTED),),
     ),
     Claim(
-        9,
+        "9",
         "Dropout helps a little at 0.1 to 0.3, then accuracy falls, to 51.6 % at 0.6; "
         "0.2 narrows the train/validation gap the most.",
         (
@@ -226,9 +230,9 @@ CLAIMS = [
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """Whatever the runs there are allow."""
-    further = {r[0]["settings"]["dropout"]: run for run, r in results.items() if re.fullmatch(r"dropout_[\d.]+", run)}
-    rates = {0.0: "baseline_20", **{p: dropout_run(p).name for p in RATES}, **further}
+    """Those that the available runs allow."""
+    rates = {r[0]["settings"]["dropout"]: run for run, r in results.items() if re.fullmatch(r"dropout_[\d.]+", run)}
+    rates[0.0] = "baseline_20"
     dropouts = {p: rates[p] for p in sorted(rates) if rates[p] in results}
     flips = {p: run for p, run in FLIPS.items() if run in results}
     drawn = {}
@@ -366,7 +370,14 @@ def gap_row(run: str, results: Results) -> list[str]:
         augmented = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
         validation += f" / {mean_and_deviation(augmented)}"
     difference = "-" if run in BASELINES else to_baseline(run, results)
-    return [run, *losses, f"{mean_gap(found):+.3f}", validation, difference, command("q3", run, found)]
+    return [
+        run,
+        *losses,
+        f"{mean_gap(found):+.3f}",
+        validation,
+        difference,
+        command("q3", run, found, declared=run in [r.name for r in RUNS]),
+    ]
 
 
 def to_baseline(run: str, results: Results) -> str:
@@ -429,8 +440,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return on_first(lambda: preview_runs(runs, args))
         write = partial(write_report, "q3", __doc__, RUNS, args, CLAIMS, figures, tables, practices)
         for run in train_runs("q3", runs, args, device):
-            write(redraw=[run.name])
-        write(redraw=None if args.replot else (), show=True)
+            write(changed=[run.name])
+        write(show=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from common import Run, Settings, Split, autocast, init_linear, list_runs, make_parser, select_runs, train_runs
+
+# isort: split
+# common stands first: it answers Ctrl-C while torch loads
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,10 +35,10 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
 from augment import HorizontalFlip
-from common import Run, Settings, Split, autocast, init_linear, list_runs, make_parser, select_runs, train_runs
 from machine import UserError, fast_convolutions, rank, session
 from report import (
-    GREY,
+    GREYS,
+    NOT_RUN,
     Check,
     Claim,
     Figure,
@@ -206,7 +211,9 @@ def compute_features(model: VGG11, split: Split, settings: Settings, mirror: boo
 
 def frozen_features(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
     """What the head is fed, in place of the images; test images are never mirrored."""
-    return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
+    return {
+        name: compute_features(model, split, settings, mirror=name != "test", name=name) for name, split in data.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -256,18 +263,18 @@ def stand_ins(results: Results) -> Finding:
     """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
     names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", run) for run in results]
     labels = sorted({name[1] for name in names if name})
-    found = Claim(10, "", tuple(check for label in labels for check in transfer_checks(label))).judge(results)
-    return Finding(found["verdict"], found["evidence"]) if labels else Finding("not run")
+    found = Claim("10", "", tuple(check for label in labels for check in transfer_checks(label))).judge(results)
+    return Finding(found["verdict"], found["evidence"]) if labels else NOT_RUN
 
 
 CLAIMS = [
     Claim(
-        10,
+        "10",
         "A frozen ImageNet VGG11_bn is worse than the own network trained from scratch; fine-tuning it is best (89.2), "
         "above training the same network from scratch (87.3).",
         transfer_checks("imagenet"),
     ),
-    Claim(10, "The same with other weights than ImageNet's: not the report's setting.", (stand_ins,)),
+    Claim("10 (other weights)", "The same with other weights than ImageNet's: not the report's setting.", (stand_ins,)),
 ]
 
 
@@ -301,7 +308,7 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
             if "train_loss" in theirs:
                 middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps
                 label = f"report, Figure {theirs['figure']}, mean of every epoch"
-                axes.plot(middle, theirs["train_loss"], color=GREY, linewidth=1, linestyle="--", label=label)
+                axes.plot(middle, theirs["train_loss"], color=GREYS[0], linewidth=1, linestyle="--", label=label)
         axes.set(title=run, ylim=(0, None))
         axes.legend()
     figure.suptitle(title(results[runs[0]][0], "training loss of every step"))
@@ -347,8 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         beside = {"convnet": "q1"}
         write = partial(write_report, "q4", __doc__, RUNS, args, CLAIMS, figures, tables, practices, beside)
         for run in train_runs("q4", runs, args, device):
-            write(redraw=[run.name])
-        write(redraw=None if args.replot else (), show=True)
+            write(changed=[run.name])
+        write(show=True)
 
 
 if __name__ == "__main__":

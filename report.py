@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -75,7 +75,7 @@ def t_quantile(df: float) -> float:
 
 
 def verdict(interval: tuple[float, float], zone: tuple[float, float] = (0.0, math.inf)) -> str:
-    """On a claim that a value lies in `zone`, from the value's interval: the one place where verdicts are made."""
+    """On a claim that a value lies in `zone`, from the value's interval."""
     low, high = interval
     if zone[0] < low and high < zone[1]:
         return "holds"
@@ -92,6 +92,9 @@ class Spread:
     df: int
 
 
+NO_SPREAD = Spread(0.0, 0)
+
+
 def pooled_spread(repeated: Iterable[list[dict]], measure: Callable[[dict], float]) -> Spread | None:
     """Of `measure` over the repeated settings; None below 3 degrees of freedom."""
     squares, df = 0.0, 0
@@ -104,7 +107,7 @@ def pooled_spread(repeated: Iterable[list[dict]], measure: Callable[[dict], floa
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two runs' measure, with its 95 % interval; `training`: does the interval hold the noise of training too?"""
+    """Between two runs, with its 95 % interval; `training`: does the interval include the noise of training?"""
 
     value: float
     interval: tuple[float, float]
@@ -139,7 +142,7 @@ def make_difference(
     if spread:
         training_variance = 2 * spread.deviation**2 / seeds
         variance += training_variance
-        if training_variance:
+        if training_variance > 0:
             quantile = t_quantile(spread.df * (variance / training_variance) ** 2)
     half = quantile * math.sqrt(variance)
     precisions = tuple(sorted({r["settings"]["precision"] for r in found}))
@@ -152,38 +155,47 @@ def paired_difference(
     """Difference in accuracy on all test images, in points, image by image; None where the runs share no seed.
 
     The images are taken as a sample of all images one could ask about. `weights` says which weights of each run are
-    compared, "best" or "last". Two readings of one training differ by no noise of training.
+    compared, "best" or "last".
     """
-    by_seed = results.seeds_of(better, worse)
-    if not by_seed[0]:
-        return None
-    correct = [
-        np.array([correct_images(r["test"][which]) for r in found.values()], dtype=float)
-        for found, which in zip(by_seed, weights)
-    ]
-    difference = 100 * (correct[0] - correct[1])  # [seeds, images]
-    found = [*by_seed[0].values(), *by_seed[1].values()]
-    same = all(same_training(*pair) for pair in zip(by_seed[0].values(), by_seed[1].values()))
-    spread = Spread(0.0, 3) if same else pooled_spread(results.repeated, test_accuracy)
-    image_variance = difference.mean(0).var() / difference.shape[1]
-    return make_difference(difference.mean(1).tolist(), image_variance, spread, found)
+
+    def compare(pairs: list[tuple[dict, dict]]) -> tuple[list[float], float]:
+        correct = [[correct_images(r["test"][which]) for r, which in zip(pair, weights)] for pair in pairs]
+        difference = 100 * (np.array(correct, dtype=float)[:, 0] - np.array(correct)[:, 1])  # [seeds, images]
+        return difference.mean(1).tolist(), difference.mean(0).var() / difference.shape[1]
+
+    return difference_by_seed(results, better, worse, compare, test_accuracy)
 
 
 def validation_difference(results: Results, better: str, worse: str) -> Difference | None:
     """Difference in the best validation accuracy, in points, as of independent runs: the results hold no predictions of
     the validation images. None where the runs share no seed.
     """
-    by_seed = results.seeds_of(better, worse)
-    if not by_seed[0]:
+
+    def compare(pairs: list[tuple[dict, dict]]) -> tuple[list[float], float]:
+        images = VALIDATION_IMAGES[pairs[0][0]["settings"]["data"]]
+        means = [statistics.mean(map(best_validation, runs)) for runs in zip(*pairs)]
+        values = [best_validation(a) - best_validation(b) for a, b in pairs]
+        return values, sum(mean * (100 - mean) / images for mean in means)
+
+    return difference_by_seed(results, better, worse, compare, best_validation)
+
+
+def difference_by_seed(
+    results: Results,
+    better: str,
+    worse: str,
+    compare: Callable[[list[tuple[dict, dict]]], tuple[list[float], float]],
+    measure: Callable[[dict], float],
+) -> Difference | None:
+    """compare: from the pairs of results with a common seed to every seed's difference and its variance over images.
+    measure: whose spread between seeds is the noise of training; two readings of one training have none of it.
+    """
+    pairs = list(zip(*(by_seed.values() for by_seed in results.seeds_of(better, worse))))
+    if not pairs:
         return None
-    values = [best_validation(a) - best_validation(b) for a, b in zip(by_seed[0].values(), by_seed[1].values())]
-    found = [*by_seed[0].values(), *by_seed[1].values()]
-    images = VALIDATION_IMAGES[found[0]["settings"]["data"]]
-    means = [statistics.mean(map(best_validation, runs.values())) for runs in by_seed]
-    image_variance = sum(mean * (100 - mean) / images for mean in means)
-    same = all(same_training(*pair) for pair in zip(by_seed[0].values(), by_seed[1].values()))
-    spread = Spread(0.0, 3) if same else pooled_spread(results.repeated, best_validation)
-    return make_difference(values, image_variance, spread, found)
+    same = all(same_training(*pair) for pair in pairs)
+    spread = NO_SPREAD if same else pooled_spread(results.repeated, measure)
+    return make_difference(*compare(pairs), spread, [result for pair in pairs for result in pair])
 
 
 def same_training(one: dict, other: dict) -> bool:
@@ -235,7 +247,7 @@ Check = Callable[[Results], Finding]
 class Claim:
     """One of the report's ten conclusions, and the checks that decide it."""
 
-    number: int
+    number: str  # the report's, from 1 to 10
     text: str  # the report's sentence
     checks: tuple[Check, ...]
 
@@ -332,7 +344,7 @@ def distance(figure: dict, found: Sequence[dict], name: str) -> float | None:
 # ----------------------------------------------------------------------------------------------------------- figures
 
 RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run
-GREY = "0.45"
+GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
 
 
 @contextmanager
@@ -376,14 +388,15 @@ def plot_curve(axes, found: Sequence[dict], name: str, label: str | None, **styl
 
 def plot_reports_curves(axes, question: str, run: str, names: dict[str, str]) -> None:
     """The report's curves of a run, unobtrusive. names: entry of the history -> line style."""
-    for figure in report_figures(question, run):
+    drawn = [figure for figure in report_figures(question, run) if names.keys() & figure.keys()]
+    for figure, grey in zip(drawn, GREYS):
         for name, style in names.items():
             if name in figure:
                 values = figure[name]
                 label = f"report, Figure {figure['figure']}"
                 if len(names) > 1:
                     label += ": " + name.replace("_", " ").replace(" loss", "").replace("train", "training")
-                axes.plot(range(1, len(values) + 1), values, color=GREY, linewidth=1, linestyle=style, label=label)
+                axes.plot(range(1, len(values) + 1), values, color=grey, linewidth=1, linestyle=style, label=label)
 
 
 def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
@@ -512,37 +525,50 @@ def with_interval(found: Sequence[dict], weights: str = "best") -> str:
     return f"{text} [{{:.1f}}, {{:.1f}}]".format(*test_interval(found, weights)) if len(found) == 1 else text
 
 
-def command(question: str, run: str, found: Sequence[dict] = ()) -> str:
-    """What to type to get this run."""
+def command(question: str, run: str, found: Sequence[dict] = (), declared: bool = True) -> str:
+    """What to type to get this run. declared: the script knows it by name, without a further option."""
     script = next(path.name for path in ROOT.glob(f"{question}_*.py"))
-    options = f"--only {run}"
-    if found:
-        settings = found[0]["settings"]
-        base = run.removesuffix(f"_{settings['precision']}")
-        if base != run:
-            options += f" --precision {settings['precision']}"
-        if base.endswith(f"_{settings['epochs']}epochs"):
-            options += f" --epochs {settings['epochs']}"
-        if "sha256:" in settings["weights"]:
-            options += f" --weights {settings['weights'].split()[0]}"
-        if len(found) > 1:
-            options += f" --seeds {max(r['seed'] for r in found) + 1}"
-    return f"python {script} {options}"
+    return f"python {script} --only {run}{further_options(run, found, declared)}"
 
 
-def run_table(question: str, runs: Iterable[str], results: Results, sample: bool) -> Table:
+def further_options(run: str, found: Sequence[dict], declared: bool) -> str:
+    """Beside --only: what makes this run from what its name does not say."""
+    if not found:
+        return ""
+    settings, options = found[0]["settings"], ""
+    if not declared and settings["patience"]:
+        options += f" --patience {settings['patience']}"
+    if not declared and settings["dropout"]:
+        options += f" --dropout {settings['dropout']:g}"
+    if run.endswith(f"_{settings['precision']}"):
+        options += f" --precision {settings['precision']}"
+    if f"_{settings['epochs']}epochs" in run:
+        options += f" --epochs {settings['epochs']}"
+    if "sha256:" in settings["weights"]:
+        options += f" --weights {settings['weights'].split()[0]}"
+    if settings["data"] != "cifar10":
+        options += " --sample"
+    if len(found) > 1:
+        options += f" --seeds {max(r['seed'] for r in found) + 1}"
+    return options
+
+
+def run_table(question: str, runs: Sequence[str], results: Results, sample: bool) -> Table:
     """A line per run: the report's numbers beside ours, measured as the report does, then what we would report."""
     images = ("500 images", "500") if sample else ("first 1,000 images", "10,000")
     head = ["run", "best epoch", "validation: report / ours", f"last weights, {images[0]}: report / ours"]
     head += [f"best weights, {images[1]} images [95 %]", "time", "command"]
-    return [head, *(run_row(question, run, results.get(run, [])) for run in runs)]
+    rows = [
+        run_row(question, run, results.get(run, []), declared=run in runs) for run in dict.fromkeys([*runs, *results])
+    ]
+    return [head, *rows]
 
 
-def run_row(question: str, run: str, found: list[dict]) -> list[str]:
+def run_row(question: str, run: str, found: list[dict], declared: bool) -> list[str]:
     """ "-" stands for what has not been run, or what the report does not print."""
     numbers = reported(question, run)
     validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
-    what = command(question, run, found)
+    what = command(question, run, found, declared)
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
     best = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
@@ -583,7 +609,8 @@ def distances(figure: dict, found: list[dict]) -> str:
         if (apart := distance(figure, found, name)) is not None:
             losses.append(f"{short} {apart:.3f}")
     if losses:
-        parts.append(f"loss {', '.join(losses)} (read within {figure['loss_error']:.3f})")
+        error = f"read within {figure['loss_error']:.3f}" if figure["loss_error"] else "read exactly"
+        parts.append(f"loss {', '.join(losses)} ({error})")
     printed, last = figure.get("printed", {}), [r["history"][-1] for r in found]
     ours = {
         "best_validation": [best_validation(r) for r in found],
@@ -638,7 +665,7 @@ def question_section(
             cells = [[*row[:-1], f"`{row[-1]}`"] for row in cells]
         lines += markdown_table([head, *cells])
     if verdicts:
-        judged = [[str(v["claim"]), v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
+        judged = [[v["claim"], v["report"], f"**{v['verdict']}**", v["evidence"] or "-"] for v in verdicts]
         lines += markdown_table([["claim", "the report says", "verdict", "measured"], *judged])
     lines += [picture(name, f"{question}/{name}") + "\n" for name in figures]
     for run in results:
@@ -649,38 +676,38 @@ def question_section(
 
 
 def general_practices(root: Path) -> list[list[str]]:
-    """What the report did in every question, and what it changes: over all runs there are, one reading per training."""
-    trained = {}
+    """What the report did in every question, and what it changes: over all trainings there are, each read to its end."""
+    trainings: dict[str, dict] = {}
     for path in sorted(root.glob("q*/*/")):
         for result in load_results(path):
-            trained[json.dumps(result["history"][-1]) + str(len(result["history"]))] = result
-    if not trained:
+            first_epoch = json.dumps(result["history"][0])  # tells one training from another
+            longest = trainings.get(first_epoch, result)
+            trainings[first_epoch] = max(longest, result, key=lambda r: len(r["history"]))
+    if not trainings:
         return []
-    found = list(trained.values())
-    restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in found]
-    fewer = [test_accuracy(r, "last", "report_images") - test_accuracy(r, "last") for r in found]
+    restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in trainings.values()]
+    fewer = [test_accuracy(r, "last", "report_images") - test_accuracy(r, "last") for r in trainings.values()]
+    noise = "the 95 % interval of one accuracy near 80 % on 1,000 images is ±2.5 points"
     return [
         [
             "tests the last weights, not the best on validation",
-            f"best − last, all test images: {spread_of(restored)}",
+            f"best − last, all test images: {mean_and_range(restored)}",
         ],
-        [
-            "tests on the first 1,000 of 10,000 images",
-            f"first 1,000 − all, last weights: {spread_of(fewer)}; the 95 % interval of one accuracy near 80 % is ±2.5 points",
-        ],
+        ["tests on the first 1,000 of 10,000 images", f"first 1,000 − all: {mean_and_range(fewer)}; {noise}"],
     ]
 
 
-def spread_of(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.2f} points on average over {len(values)} trainings ({min(values):+.2f} to {max(values):+.2f})"
+def mean_and_range(values: Sequence[float]) -> str:
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:+.2f} points on average over {len(values)} trainings ({low:+.2f} to {high:+.2f})"
 
 
 def write_page(root: Path, sample: bool) -> None:
     """README.md under `root`, from the summaries of all questions there are."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("q*/summary.json"))]
-    lines = [SAMPLE_HEAD] if sample else []
-    lines += [PAGE_HEAD, *verdict_list(summaries)]
+    lines = [SAMPLE_HEAD if sample else PAGE_HEAD]
     if not sample:
+        lines += verdict_list(summaries)
         rows = [row for summary in summaries for row in summary["figures"]]
         head = ["Figure", "shows", "ours", "mean distance of our curves", "command"]
         lines += ["## The report's figures, in order", "", FIGURES_HEAD, *markdown_table([head, *rows])]
@@ -696,12 +723,15 @@ def verdict_list(summaries: Sequence[dict]) -> list[str]:
     verdicts = [v for summary in summaries for v in summary["verdicts"]]
     lines = []
     for kind in ("holds", "does not hold", "within noise", "not run"):
-        if numbers := [str(v["claim"]) for v in verdicts if v["verdict"] == kind]:
+        if numbers := [v["claim"] for v in verdicts if v["verdict"] == kind]:
             lines.append(f"- **{kind}**: claim{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}")
     return [*lines, ""]
 
 
-SAMPLE_HEAD = "# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10\n"
+SAMPLE_HEAD = """# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10
+
+A trial of the scripts, not a reproduction: 1,500 training images, small batches, 500 test images.
+"""
 PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
 
 Written by the question scripts from the JSON files beside it; do not edit.
@@ -737,15 +767,15 @@ def write_report(
     tables: Callable[[Results], list[Table]] | None = None,
     practices: Callable[[Results], list[list[str]]] | None = None,
     beside: dict[str, str] | None = None,
-    redraw: Iterable[str] | None = None,
+    changed: Collection[str] = (),
     show: bool = False,
 ) -> None:
     """Figures, summary.json and the page, from what is in `results/` alone.
 
     doc: the script's docstring, whose first line is the heading. figures: of all results, by file name. tables: further
     ones. practices: what the report did, and what it changes. beside: other questions' runs that these functions want
-    (run: question). redraw: the runs whose own figures are drawn again, besides those that have none; None draws all.
-    show: print tables and verdicts.
+    (run: question). changed: the runs with a new result; the figures of the others are drawn where they are missing, or
+    with --replot. show: print tables and verdicts.
     """
 
     def write() -> None:
@@ -756,13 +786,13 @@ def write_report(
             own = Results(own, results.repeated, folder)
             for run, found in own.items():
                 drawn = all((folder / run / f"{name}.png").exists() for name in RUN_FIGURES)
-                if redraw is None or run in redraw or not drawn:
+                if args.replot or run in changed or not drawn:
                     draw_run(found, folder / run)
             drawings = figures(results) if figures else {}
             for name, figure in drawings.items():
                 save_figure(figure, folder / name)
-            named = dict.fromkeys([*(run.name for run in runs), *own])
-            found_tables = [run_table(question, named, own, args.sample), *(tables(results) if tables else [])]
+            names = [run.name for run in runs]
+            found_tables = [run_table(question, names, own, args.sample), *(tables(results) if tables else [])]
             verdicts = [claim.judge(results) for claim in claims]
             heading = doc.splitlines()[0].rstrip(".")
             summary = {
@@ -800,7 +830,7 @@ def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> 
 
 def print_report(folder: Path, tables: Sequence[Table], verdicts: Sequence[dict], sample: bool) -> None:
     """The tables without their commands, and the verdicts, on the screen."""
-    print(SAMPLE_HEAD if sample else "")
+    print(SAMPLE_HEAD.splitlines()[0] if sample else "")
     for table in tables:
         rows = [row[:-1] for row in table] if table[0][-1] == "command" else table
         widths = [max(map(len, column)) for column in zip(*rows)]

@@ -316,7 +316,7 @@ def validated(accuracies: list[float], best: int, right: int = 322, run: str = "
     test = {
         name: score((torch.arange(400) >= count).long(), labels, 1) for name, count in (("best", right), ("last", 317))
     }
-    settings = result["settings"] | {"patience": None, "weights": "none", "epochs": len(accuracies)} | settings
+    settings = result["settings"] | {"patience": None, "weights": "none", "dropout": 0.0, "epochs": len(accuracies)} | settings
     return result | {"run": run, "best_epoch": best, "test": test, "settings": settings}
 
 
@@ -385,7 +385,7 @@ def test_the_table_of_stopping_rules():
     ((_, stopped, never, unstopped, alone),) = q2_batchnorm_earlystop.tables(results)  # by network and patience
     assert stopped[:5] == ["convnet_patience2", "5", "2", "80.0 / 80.50", "78.0 / 79.25"]
     assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10" and stopped[7].startswith("+5.00 [+")
-    assert stopped[8] == "python q2_batchnorm_earlystop.py --only convnet_patience2"
+    assert stopped[8] == "python q2_batchnorm_earlystop.py --only convnet_patience2 --patience 2"
     assert never[:3] == ["convnet_patience10", "6 (did not stop)", "6"]
     assert unstopped[:3] == ["convnet_full", "6", "6"]
     assert unstopped[6:8] == ["0, 00:00", "+0.00 [+0.00, +0.00]"]
