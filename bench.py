@@ -85,8 +85,8 @@ from machine import (
     choose_precision,
     computing_dtype,
     environment,
+    expand,
     keep_large_blocks,
-    path_option,
     product_rule,
     session,
 )
@@ -468,7 +468,7 @@ def make_parser() -> Parser:
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
     parser.add_argument("--sample", action="store_true", help="the bundled excerpt: no download")
     parser.add_argument(
-        "--data-dir", type=path_option, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
+        "--data-dir", type=expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
     return parser

@@ -6,18 +6,21 @@ The protocol (splits, optimiser, initialisation) is that of the report's publish
 answers, Max Planck HLCV exercise 3.
 """
 
+import os
+import signal
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
 
 
-def end_quietly(kind, error, trace) -> None:
-    """Ctrl-C while the modules below load: one line instead of a traceback."""
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def end_quietly(*_) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
-sys.excepthook = end_quietly
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == ROOT:  # a script of ours, no notebook
+    signal.signal(signal.SIGINT, end_quietly)  # Ctrl-C while the modules below load; from then on `session` answers it
 
 import argparse
 import base64
@@ -26,7 +29,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -35,7 +37,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 NOTEBOOK_BACKEND = os.environ.pop("MPLBACKEND", None)  # matplotlib does not load with that of another environment
 
@@ -62,12 +64,12 @@ from machine import (
     computing_dtype,
     distribute,
     environment,
+    expand,
     file_lock,
     keep_large_blocks,
     my_part,
     on_all,
     on_first,
-    path_option,
     rank,
     remove_leftovers,
     require_writable,
@@ -80,7 +82,6 @@ from machine import (
 if NOTEBOOK_BACKEND is not None:
     os.environ["MPLBACKEND"] = NOTEBOOK_BACKEND
 
-ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 REPORT_TEST_IMAGES = 1000  # the report tests on the first 1,000 images
@@ -206,7 +207,7 @@ class Split:
 
 def find_data_dir(option: Path | None = None) -> Path:
     """--data-dir, else the environment variable CIFAR10_DIR, else data/; also where it names the folder inside."""
-    path = option or path_option(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
+    path = option or expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 
@@ -339,6 +340,11 @@ def parameter_table(model: nn.Module) -> list[dict]:
             counted = sum(p.numel() for p in module.parameters())
             rows.append({"layer": name, "type": type(module).__name__, "parameters": counted, "formula": formula})
     return rows
+
+
+def all_parameters(model: nn.Module) -> dict:
+    """As the results hold them. Several processes change a model to train it: call before."""
+    return {"trainable": count_parameters(model), "layers": parameter_table(model)}
 
 
 def describe(model: nn.Module) -> str:
@@ -780,8 +786,11 @@ def correct_images(scored: dict) -> np.ndarray:
     return np.unpackbits(packed, count=scored["all_images"]["images"]).astype(bool)
 
 
-def read_run(question: str, run: Run, model: nn.Module, state: dict, labels: Tensor) -> dict:
-    """Read a run from its trajectory: follow its rule through the recorded epochs. Trains nothing."""
+def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Tensor) -> dict:
+    """Read a run from its trajectory: follow its rule through the recorded epochs. Trains nothing.
+
+    parameters: what `all_parameters` says of its network.
+    """
     last = stops_after(state["history"], run.settings)
     history = state["history"][:last]
     best = best_epoch(history)
@@ -794,7 +803,7 @@ def read_run(question: str, run: Run, model: nn.Module, state: dict, labels: Ten
         "settings": run.settings.as_dict(),
         "environment": environments[-1],
         "earlier_environments": environments[:-1],
-        "parameters": {"trainable": count_parameters(model), "layers": parameter_table(model)},
+        "parameters": parameters,
         "history": history,
         "best_epoch": best,
         "test": {name: score(state["predictions"][epoch - 1], labels, epoch) for name, epoch in tests.items()},
@@ -832,6 +841,7 @@ def load_result(path: Path) -> dict:
     """A result as `write_result` wrote it, checked. Raises UserError where it is damaged."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        result["settings"] = Settings().as_dict() | result["settings"]  # newer ones were at their default
         check_result(result, path.stem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -862,9 +872,8 @@ def check_result(result: dict, stem: str) -> None:
             raise ValueError(f"its {weights} accuracy is not that of its images")
         if confusion.shape != (10, 10) or confusion.trace() != correct.sum() or confusion.sum() != len(correct):
             raise ValueError(f"its {weights} confusion matrix is not that of its images")
-    missing = {f.name for f in dataclasses.fields(Settings)} - result["settings"].keys()
-    if missing or not {"run", "question", "environment"} <= result.keys():
-        raise ValueError(f"it lacks {', '.join(missing) or 'its name'}")
+    if missing := {"run", "question", "environment"} - result.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -889,13 +898,13 @@ def make_parser(doc: str) -> Parser:
     sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
     parser.add_argument("--sample", action="store_true", help=sample)
     data = "folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
-    parser.add_argument("--data-dir", type=path_option, help=data)
+    parser.add_argument("--data-dir", type=expand, help=data)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     parser.add_argument("--fresh", action="store_true", help="start over; the old checkpoints stay as *.old1, *.old2")
     parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
-    parser.add_argument("--output-dir", type=path_option, default=ROOT / "results", help="default results/")
-    parser.add_argument("--checkpoint-dir", type=path_option, default=ROOT / "checkpoints", help="default checkpoints/")
+    parser.add_argument("--output-dir", type=expand, default=ROOT / "results", help="default results/")
+    parser.add_argument("--checkpoint-dir", type=expand, default=ROOT / "checkpoints", help="default checkpoints/")
     return parser
 
 
@@ -956,7 +965,7 @@ def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, dev
         return
     here = question_folder(question, args)
     on_first(lambda: [require_writable(path) for path in (args.output_dir, args.checkpoint_dir)])
-    on_first(lambda: [load_results(path) for path in here.glob("*/")])  # a damaged one is an error now, not in hours
+    on_first(lambda: [load_results(path) for path in here.parent.glob("q*/*/")])  # damage is an error now, not in hours
     keep_large_blocks()
     data = load_data(args, device)
     queue = every_seed(runs, args.seeds)
@@ -964,12 +973,13 @@ def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, dev
         on_first(lambda: set_aside({checkpoint_path(args.checkpoint_dir, run.settings) for run in queue}))
     shown = set()
     for run, path in locked_runs(queue, args.checkpoint_dir):
-        model = build(run, device)
+        model = on_all(partial(build, run, device))
+        parameters = all_parameters(model)
         if str(model) not in shown and rank() == 0:
             print(describe(model))
         shown.add(str(model))
         state = train(run, model, data, device, path)
-        result = read_run(question, run, model, state, data["test"].labels)
+        result = read_run(question, run, parameters, state, data["test"].labels)
         if on_first(lambda: write_result(here / run.name, result, state)):
             yield run
 

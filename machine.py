@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 
 class UserError(Exception):
-    """Something the user can mend: `session` prints it as one line on standard error and exits with code 2."""
+    """Something the user can mend: `session` prints it as one line on standard error and exits with code 2.
+
+    in_all: every process raises it, so the first one alone says it.
+    """
+
+    in_all = False
 
 
 # ------------------------------------------------------------------------------------------------- device, precision
@@ -39,6 +44,8 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+    if launched() and (name == "mps" or name.startswith("cuda:")):
+        raise UserError(f"torchrun gives every process a GPU of its own or none: --device cuda or cpu, not {name}")
     if name == "cuda" and launched():  # one process per GPU
         processes_here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes_here > gpus:
@@ -234,7 +241,7 @@ class ConvolutionAsProduct(torch.autograd.Function):
 def as_images(pixels: Tensor, like: Tensor) -> Tensor:
     """[N * H * W, C] -> [N, C, H, W], channels_last, with N, H and W of `like`."""
     n, _, height, width = like.shape
-    return pixels.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return pixels.view(n, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
 class Conv2d(nn.Conv2d):
@@ -328,7 +335,9 @@ def on_all(function: Callable):
         torch.distributed.all_gather_object(errors, error)
         error = next(filter(None, errors), None)
     if error:
-        raise UserError(error)
+        shared = UserError(error)
+        shared.in_all = True
+        raise shared
     return value
 
 
@@ -376,9 +385,15 @@ def processes(device: torch.device) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def path_option(text: str) -> Path:
-    """Type of options that name a file or a folder: ~ is the home folder, which a shell leaves alone after "="."""
-    return Path(text).expanduser()
+def expand(text: str) -> Path:
+    """Type of options that name a file or a folder: ~ is the home folder, which a shell leaves alone after "=".
+
+    Raises UserError for the home of somebody who is not there.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}") from error
 
 
 def require_writable(path: Path) -> None:
@@ -412,7 +427,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 def remove_leftovers(path: Path) -> None:
     """What processes that were killed while writing `path` left beside it. Call while no other process can write it."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # another user's
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -453,13 +469,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class PatientStream:
-    """A text stream to which writing never fails: not for a character the terminal lacks, nor when its reader is gone.
-
-    A training of hours must not end with its last line, in a traceback.
+    """A text stream to which writing never fails: not for a character the terminal lacks, nor when terminal, reader or
+    disk space are gone. A training of hours must not end with its last line, in a traceback.
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None where it was closed from the start
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -479,8 +494,9 @@ class PatientStream:
     def _unless_closed(self, function: Callable, *args) -> None:
         try:
             function(*args)
-        except BrokenPipeError:  # as of `| head`: from now on it goes nowhere, and Python's flush at the end does too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:  # from now on it goes nowhere, and Python's own flush at the end does too
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 OUT_OF_MEMORY = r"not enough memory|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc"
@@ -518,19 +534,27 @@ def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple
     """
     own_signals = threading.current_thread() is threading.main_thread()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(PatientStream(sys.stdout)))
-        stack.enter_context(contextlib.redirect_stderr(PatientStream(sys.stderr)))
+        out, err, joined = PatientStream(sys.stdout), PatientStream(sys.stderr), False
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.callback(out.flush)
+        stack.callback(err.flush)
         if own_signals:
-            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-            stack.callback(signal.signal, signal.SIGTERM, before)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         try:
             args = parser.parse_args(argv)
             device = choose_device(args.device)
             with processes(device):
+                joined = world_size() > 1
                 yield args, device
         except (Exception, KeyboardInterrupt) as error:
             if (explained := explain(error)) is None:
                 raise
             message, code = explained
-            tell(f"{parser.prog}: {message}")
+            alone = joined and not isinstance(error, KeyboardInterrupt) and not getattr(error, "in_all", False)
+            if alone:  # the others do not know
+                print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+            else:
+                tell(f"{parser.prog}: {message}")
             raise SystemExit(code) from None

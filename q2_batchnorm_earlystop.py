@@ -68,11 +68,13 @@ def restores_others(results: Results) -> Finding:
     longer, shorter = "batchnorm_patience7", "batchnorm_patience5"
     if (found := paired_difference(results, longer, shorter)) is None:
         return NOT_RUN
-    pairs = zip(*(by_seed.values() for by_seed in results.seeds_of(longer, shorter)))
-    same = all(a["best_epoch"] == b["best_epoch"] and same_training(a, b) for a, b in pairs)
-    if same:
+    pairs = list(zip(*(by_seed.values() for by_seed in results.seeds_of(longer, shorter))))
+    same = [a["best_epoch"] == b["best_epoch"] and same_training(a, b) for a, b in pairs]
+    if all(same):
         return Finding("within noise", "both restore the same weights")
-    return Finding("holds", f"they restore different weights; on test images: {found.in_words()}")
+    verdict = "within noise" if any(same) else "holds"
+    evidence = f"they restore different weights for {same.count(False)} of {len(same)} seeds"
+    return Finding(verdict, f"{evidence}; on test images: {found.in_words()}")
 
 
 CLAIMS = [

@@ -161,7 +161,9 @@ def narrowest_gap(run: str, others: Sequence[str]) -> Check:
         leads = [gaps[rival][seed] - gaps[run][seed] for seed in ours]
         data = next(iter(ours.values()))["settings"]["data"]
         image_variance = 2 * LOSS_ERROR**2 * 1000 / VALIDATION_IMAGES[data]
-        found = make_difference(leads, image_variance, pooled_spread(results.repeated, loss_gap), list(ours.values()))
+        spread = pooled_spread(results.repeated_with(run, rival), loss_gap)
+        compared = [*ours.values(), *theirs[others.index(rival)].values()]
+        found = make_difference(leads, image_variance, spread, compared)
         ranking = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=means.get))
         return Finding(found.verdict(), f"loss gap: {ranking}; {rival} − {run}: {found.in_words('in loss')}")
 
@@ -362,7 +364,8 @@ def tables(results: Results) -> list[Table]:
 
 def gap_row(run: str, results: Results) -> list[str]:
     if not (found := results.get(run)):
-        return [run, *["-"] * 5, command("q3", run)]
+        sample = next(iter(results.values()))[0]["settings"]["data"] != "cifar10"
+        return [run, *["-"] * 5, command("q3", run, sample=sample)]
     last = [r["history"][-1] for r in found]
     losses = [mean_and_deviation([h[f"{part}_loss"] for h in last], 3) for part in ("train", "validation")]
     validation = mean_and_deviation([best_validation(r) for r in found])

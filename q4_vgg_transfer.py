@@ -16,7 +16,6 @@ epochs train the head on those.
 
 import functools
 import hashlib
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
 from augment import HorizontalFlip
-from machine import UserError, fast_convolutions, rank, session
+from machine import UserError, expand, fast_convolutions, on_all, rank, session
 from report import (
     GREYS,
     NOT_RUN,
@@ -152,14 +151,14 @@ def imagenet_weights() -> dict:
 def file_weights(path: str):
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
+        if "Unsupported global" not in str(error):
+            raise UserError(
+                f"--weights {path} is not a state dict ({first_line(error)}); give --weights another file, or none"
+            ) from error
         raise UserError(
             f"--weights {path} holds more than tensors (a whole module?), which could run any code; "
             "save its weights alone: torch.save(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
-        raise UserError(
-            f"--weights {path} is not a state dict ({first_line(error)}); give --weights another file, or none"
         ) from error
 
 
@@ -171,7 +170,8 @@ def feature_tensors(loaded) -> dict[str, Tensor]:
     """The tensors of vgg11_bn's features by their names in `features`, from the usual forms of a saved state dict:
     as it is or under "state_dict", of DataParallel ("module."), of the whole network or of `features` alone.
     """
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = loaded if isinstance(loaded, dict) else {}
+    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
     names = {name: str(name).removeprefix("module.").removeprefix("features.") for name in state}
     return {short: state[name] for name, short in names.items() if isinstance(state[name], Tensor)}
 
@@ -240,7 +240,7 @@ def with_weights(weights: str) -> list[Run]:
         return RUNS
     if weights == "none":
         return [SCRATCH]
-    path = Path(weights).expanduser()
+    path = expand(weights)
     try:
         digest = sha256(path)
     except OSError as error:
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none"
     parser.add_argument("--weights", default="imagenet", metavar="WHAT", help=what)
     with session(parser, argv) as (args, device):
-        runs = select_runs(with_weights(args.weights), args, device)
+        runs = select_runs(on_all(lambda: with_weights(args.weights)), args, device)
         if args.list:
             return list_runs("q4", runs, args)
         beside = {"convnet": "q1"}

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,15 @@ class Results(dict[str, list[dict]]):
     def __init__(self, found: dict[str, list[dict]], repeated: Sequence[list[dict]] = (), folder: Path | None = None):
         super().__init__(found)
         self.repeated, self.folder = repeated, folder
+
+    def repeated_with(self, *runs: str) -> list[list[dict]]:
+        """`repeated`, and those of these runs that have several seeds; no training twice."""
+        groups = list(self.repeated)
+        for run in runs:
+            found = self.get(run, [])
+            if len(found) > 1 and not any(same_training(found[0], group[0]) for group in groups):
+                groups.append(found)
+        return groups
 
     def seeds_of(self, *runs: str) -> list[dict[int, dict]]:
         """For every run its results by seed, of the seeds that all of them have."""
@@ -194,7 +204,7 @@ def difference_by_seed(
     if not pairs:
         return None
     same = all(same_training(*pair) for pair in pairs)
-    spread = NO_SPREAD if same else pooled_spread(results.repeated, measure)
+    spread = NO_SPREAD if same else pooled_spread(results.repeated_with(better, worse), measure)
     return make_difference(*compare(pairs), spread, [result for pair in pairs for result in pair])
 
 
@@ -525,16 +535,16 @@ def with_interval(found: Sequence[dict], weights: str = "best") -> str:
     return f"{text} [{{:.1f}}, {{:.1f}}]".format(*test_interval(found, weights)) if len(found) == 1 else text
 
 
-def command(question: str, run: str, found: Sequence[dict] = (), declared: bool = True) -> str:
+def command(question: str, run: str, found: Sequence[dict] = (), declared: bool = True, sample: bool = False) -> str:
     """What to type to get this run. declared: the script knows it by name, without a further option."""
     script = next(path.name for path in ROOT.glob(f"{question}_*.py"))
-    return f"python {script} --only {run}{further_options(run, found, declared)}"
+    return f"python {script} --only {run}{further_options(run, found, declared, sample)}"
 
 
-def further_options(run: str, found: Sequence[dict], declared: bool) -> str:
+def further_options(run: str, found: Sequence[dict], declared: bool, sample: bool) -> str:
     """Beside --only: what makes this run from what its name does not say."""
     if not found:
-        return ""
+        return " --sample" if sample else ""
     settings, options = found[0]["settings"], ""
     if not declared and settings["patience"]:
         options += f" --patience {settings['patience']}"
@@ -544,8 +554,8 @@ def further_options(run: str, found: Sequence[dict], declared: bool) -> str:
         options += f" --precision {settings['precision']}"
     if f"_{settings['epochs']}epochs" in run:
         options += f" --epochs {settings['epochs']}"
-    if "sha256:" in settings["weights"]:
-        options += f" --weights {settings['weights'].split()[0]}"
+    if " sha256:" in settings["weights"]:
+        options += f" --weights {shlex.quote(settings['weights'].rsplit(' sha256:')[0])}"
     if settings["data"] != "cifar10":
         options += " --sample"
     if len(found) > 1:
@@ -558,17 +568,17 @@ def run_table(question: str, runs: Sequence[str], results: Results, sample: bool
     images = ("500 images", "500") if sample else ("first 1,000 images", "10,000")
     head = ["run", "best epoch", "validation: report / ours", f"last weights, {images[0]}: report / ours"]
     head += [f"best weights, {images[1]} images [95 %]", "time", "command"]
-    rows = [
-        run_row(question, run, results.get(run, []), declared=run in runs) for run in dict.fromkeys([*runs, *results])
-    ]
+    rows = []
+    for run in dict.fromkeys([*runs, *results]):
+        found = results.get(run, [])
+        rows.append(run_row(question, run, found, command(question, run, found, run in runs, sample)))
     return [head, *rows]
 
 
-def run_row(question: str, run: str, found: list[dict], declared: bool) -> list[str]:
+def run_row(question: str, run: str, found: list[dict], what: str) -> list[str]:
     """ "-" stands for what has not been run, or what the report does not print."""
     numbers = reported(question, run)
     validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
-    what = command(question, run, found, declared)
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
     best = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
@@ -704,7 +714,7 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 def write_page(root: Path, sample: bool) -> None:
     """README.md under `root`, from the summaries of all questions there are."""
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("q*/summary.json"))]
+    summaries = [load_summary(path) for path in sorted(root.glob("q*/summary.json"))]
     lines = [SAMPLE_HEAD if sample else PAGE_HEAD]
     if not sample:
         lines += verdict_list(summaries)
@@ -716,6 +726,20 @@ def write_page(root: Path, sample: bool) -> None:
         lines += markdown_table([["the report", "what it is worth, from our runs"], *rows])
     lines += [summary["section"] for summary in summaries]
     write_atomic(root / "README.md", "\n".join(lines).encode())
+
+
+def load_summary(path: Path) -> dict:
+    """What `write_report` wrote of a question. Raises UserError where it is damaged."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not all(type(v["claim"]) is str and v["verdict"] for v in summary["verdicts"]):
+            raise ValueError("its claims are none")
+        for part in ("figures", "practices", "section"):
+            summary[part] + type(summary[part])()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({reason}): delete it, and run that question with --replot") from error
+    return summary
 
 
 def verdict_list(summaries: Sequence[dict]) -> list[str]:

@@ -17,7 +17,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import find_data_dir, load_cifar10  # noqa: E402
-from machine import UserError, path_option  # noqa: E402
+from machine import UserError, expand  # noqa: E402
 
 COLUMNS = 50
 PER_CLASS = {"train": 150, "validation": 20, "test": 50}  # 2,200 images, 4.8 MB
@@ -41,7 +41,7 @@ def cut_sample(data_dir: Path, folder: Path = HERE, seed: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=path_option, help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)")
+    parser.add_argument("--data-dir", type=expand, help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)")
     try:
         cut_sample(find_data_dir(parser.parse_args().data_dir))
     except UserError as error:

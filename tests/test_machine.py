@@ -103,6 +103,7 @@ def test_products_repeat_themselves():
 def test_frozen_weights_get_no_gradient_and_images_need_none():
     images, weight, bias, gradient = make_inputs((4, 6, 4, 4, 3))
     for directions in (Directions(True, True, True), Directions()):
+        images.grad = None
         ConvolutionAsProduct.apply(images.requires_grad_(), weight, bias, directions).backward(gradient)
         assert weight.grad is None and images.grad is not None
     weight.requires_grad_()

@@ -147,6 +147,14 @@ def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
     assert "2 seeds" in two.in_words() and "without the noise" not in two.in_words()
 
 
+def test_the_compared_runs_own_seeds_measure_the_noise_of_training_too():
+    results = Results({"a": as_results(draw(0.82, 3, 0)), "b": as_results(draw(0.80, 3, 1))})
+    assert [len(group) for group in results.repeated_with("a", "b")] == [3, 3]
+    assert paired_difference(results, "a", "b").training  # four degrees of freedom
+    results.repeated = [results["a"]]
+    assert [len(group) for group in results.repeated_with("a", "b")] == [3, 3]  # no training twice
+
+
 def test_pairing_makes_the_interval_narrower():
     a = draw(0.80, 1, 5)
     b = a.copy()
@@ -316,7 +324,9 @@ def validated(accuracies: list[float], best: int, right: int = 322, run: str = "
     test = {
         name: score((torch.arange(400) >= count).long(), labels, 1) for name, count in (("best", right), ("last", 317))
     }
-    settings = result["settings"] | {"patience": None, "weights": "none", "dropout": 0.0, "epochs": len(accuracies)} | settings
+    settings = (
+        result["settings"] | {"patience": None, "weights": "none", "dropout": 0.0, "epochs": len(accuracies)} | settings
+    )
     return result | {"run": run, "best_epoch": best, "test": test, "settings": settings}
 
 
@@ -596,6 +606,33 @@ def test_every_link_of_the_committed_page_leads_somewhere():
     page = (ROOT / "results/README.md").read_text()
     links = set(re.findall(r"\]\(([^)#]+)\)", page))
     assert not [link for link in links if not (ROOT / "results" / unquote(link)).exists()]
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "[]", '{"verdicts": [{"claim": 3, "verdict": "holds"}]}'])
+def test_a_damaged_summary_of_another_question_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "q2").mkdir()
+    (tmp_path / "q2/summary.json").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        q1_convnet.main(["--replot", "--output-dir", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"{tmp_path / 'q2/summary.json'} is damaged" in err and err.count("\n") == 1
+
+
+def test_commands_are_whole():
+    def typed(run: str, declared: bool = True, seeds: int = 1, **settings) -> str:
+        found = [validated([70.0], 1, **settings) for _ in range(seeds)]
+        for seed, result in enumerate(found):
+            result["seed"] = seed
+        return report.command("q2", run, found, declared).removeprefix("python q2_batchnorm_earlystop.py --only ")
+
+    assert typed("a") == "a" and typed("a", seeds=3) == "a --seeds 3"
+    assert typed("a_patience3", declared=False, patience=3) == "a_patience3 --patience 3"
+    assert typed("a_patience5", patience=5) == "a_patience5"
+    assert typed("dropout_0.05", declared=False, dropout=0.05) == "dropout_0.05 --dropout 0.05"
+    assert typed("a_5epochs_fp32", epochs=5) == "a_5epochs_fp32 --precision fp32 --epochs 5"
+    assert typed("a", weights="my w (v2).pth sha256:00") == "a --weights 'my w (v2).pth'"
+    assert typed("a", data="cifar10-sample") == "a --sample"
+    assert report.command("q2", "a", sample=True).endswith("--only a --sample")
 
 
 def test_links_hold_blanks_and_brackets():

@@ -43,6 +43,7 @@ SETTINGS = Settings(  # all that is random or has a state of its own; batches of
     batch_size=80,
 )
 
+PARAMETERS = {"trainable": 0, "layers": []}
 VGG_ONE_EPOCH = dataclasses.replace(q4_vgg_transfer.VGG, precision="fp32", epochs=1)
 
 
@@ -152,8 +153,8 @@ def test_no_epoch_is_trained_twice(small, two_epochs):
 
 def test_reading_fewer_epochs_is_having_trained_fewer(small, two_epochs, tmp_path):
     one = Run("one", dataclasses.replace(SETTINGS, epochs=1))
-    fewer = read_run("q1", one, network(), follow(small, tmp_path, epochs=1), small["test"].labels)
-    read = read_run("q1", one, network(), two_epochs[1], small["test"].labels)
+    fewer = read_run("q1", one, PARAMETERS, follow(small, tmp_path, epochs=1), small["test"].labels)
+    read = read_run("q1", one, PARAMETERS, two_epochs[1], small["test"].labels)
     for result in (fewer, read):
         result["history"][0].pop("seconds", None)
     assert fewer == read
@@ -167,7 +168,7 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
     stopped = trained(rule, small, tmp_path / "stopped")
     full = trained(Run("full", dataclasses.replace(SETTINGS, epochs=4)), small, tmp_path / "full")
     assert (len(stopped["history"]), len(full["history"])) == (3, 4)
-    results = [read_run("q2", rule, network(), state, small["test"].labels) for state in (stopped, full)]
+    results = [read_run("q2", rule, PARAMETERS, state, small["test"].labels) for state in (stopped, full)]
     for result in results:
         for entry in result["history"]:
             entry.pop("seconds", None)

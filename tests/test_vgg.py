@@ -138,7 +138,19 @@ def test_without_weights_there_is_nothing_to_transfer():
     assert [run.name for run in with_weights("none")] == ["scratch"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "not a state dict", "missing key", "wrong shape", "pickle"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "missing",
+        "truncated",
+        "not a state dict",
+        "missing key",
+        "wrong shape",
+        "pickle",
+        "no dict under state_dict",
+        "a web page",
+    ],
+)
 def test_bad_weight_files(weights, tmp_path, capsys, damage):
     path = tmp_path / "bad.pth"
     state = torch.load(weights, weights_only=True)
@@ -151,6 +163,10 @@ def test_bad_weight_files(weights, tmp_path, capsys, damage):
         torch.save(state, path)
     elif damage == "wrong shape":
         torch.save(state | {"features.4.weight": torch.zeros(3)}, path)
+    elif damage == "no dict under state_dict":
+        torch.save({"state_dict": None}, path)
+    elif damage == "a web page":
+        path.write_text("<html>")
     elif damage == "pickle":
         torch.save({"features": print}, path)  # code, which weights_only refuses
     options = ["--sample", "--weights", str(path), "--output-dir", str(tmp_path / "out")]
