@@ -266,7 +266,9 @@ class Claim:
         findings = [check(results) for check in self.checks]
         verdicts = [finding.verdict for finding in findings]
         worst = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
-        evidence = "; ".join(finding.evidence for finding in findings if finding.evidence)
+        evidence = "; ".join(finding.evidence for finding in findings if finding.verdict != "not run")
+        if missing := verdicts.count("not run"):
+            evidence = "; ".join(filter(None, [evidence, f"{missing} of {len(verdicts)} parts not run"]))
         parts = [vars(finding) for finding in findings]
         return {"claim": self.number, "report": self.text, "verdict": worst, "evidence": evidence, "parts": parts}
 
@@ -277,7 +279,7 @@ def beats(better: str, worse: str, on: str = "test") -> Check:
 
     def check(results: Results) -> Finding:
         if (found := compare(results, better, worse)) is None:
-            return Finding("not run", f"{better} − {worse}: not run")
+            return NOT_RUN
         return Finding(found.verdict(), f"{better} − {worse}, {on}: {found.in_words()}")
 
     return check

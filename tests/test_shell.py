@@ -140,10 +140,13 @@ def test_too_little_memory_ends_in_one_line(tmp_path):
 # --------------------------------------------------------------------------------------------- terminals, interrupts
 
 
-def test_a_terminal_that_cannot_show_a_minus_sign_gets_another(tmp_path):
-    options = ["--replot", f"--output-dir={tmp_path}"]
-    ended = run_script("q2_batchnorm_earlystop.py", *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert ended.returncode == 0 and "batchnorm - convnet: not run" in ended.stdout, ended.stderr
+def test_a_terminal_that_cannot_show_a_minus_sign_gets_another():
+    wrapped = "import sys, machine; out = machine.PatientStream(sys.stdout); print('±1 − 2 ✓', file=out)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = subprocess.run([sys.executable, "-c", wrapped], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout == "+-1 - 2 ?\n", ended.stderr
+    ended = run_script("q1_convnet.py", "--only", "−", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert ended.returncode == 2 and "--only -: no such run" in ended.stderr, ended.stderr
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
