@@ -266,8 +266,8 @@ class Claim:
         findings = [check(results) for check in self.checks]
         verdicts = [finding.verdict for finding in findings]
         worst = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
-        evidence = "; ".join(finding.evidence for finding in findings if finding.verdict != "not run")
-        if missing := verdicts.count("not run"):
+        evidence = "; ".join(finding.evidence for finding in findings if finding.evidence)
+        if len(verdicts) > 1 and (missing := verdicts.count("not run")):
             evidence = "; ".join(filter(None, [evidence, f"{missing} of {len(verdicts)} parts not run"]))
         parts = [vars(finding) for finding in findings]
         return {"claim": self.number, "report": self.text, "verdict": worst, "evidence": evidence, "parts": parts}
@@ -398,9 +398,12 @@ def plot_curve(axes, found: Sequence[dict], name: str, label: str | None, **styl
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def plot_reports_curves(axes, question: str, run: str, names: dict[str, str]) -> None:
-    """The report's curves of a run, unobtrusive. names: entry of the history -> line style."""
-    drawn = [figure for figure in report_figures(question, run) if names.keys() & figure.keys()]
+def plot_reports_curves(axes, result: dict, names: dict[str, str]) -> None:
+    """The report's curves of a run, unobtrusive; none beside the sample. names: entry of the history -> line style."""
+    if result["settings"]["data"] != "cifar10":
+        return
+    figures = report_figures(result["question"], result["run"])
+    drawn = [figure for figure in figures if names.keys() & figure.keys()]
     for figure, grey in zip(drawn, GREYS):
         for name, style in names.items():
             if name in figure:
@@ -455,7 +458,7 @@ def plot_losses(found: Sequence[dict]) -> Figure:
     if "augmented_validation_loss" in first["history"][0]:
         style = {"color": "tab:orange", "linestyle": ":"}
         plot_curve(axes, found, "augmented_validation_loss", "validation, augmented as in the report", **style)
-    plot_reports_curves(axes, first["question"], first["run"], {"train_loss": "-", "validation_loss": "--"})
+    plot_reports_curves(axes, first, {"train_loss": "-", "validation_loss": "--"})
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
@@ -472,7 +475,7 @@ def plot_accuracy(found: Sequence[dict]) -> Figure:
     for result in found:
         best, value = result["best_epoch"], best_validation(result)
         axes.plot(best, value, "o", color="tab:red", label=f"seed {result['seed']}: best {value:.1f} %, epoch {best}")
-    plot_reports_curves(axes, first["question"], first["run"], {"validation_accuracy": "--"})
+    plot_reports_curves(axes, first, {"validation_accuracy": "--"})
     axes.legend(loc="lower right", fontsize=8)
     return figure
 
@@ -572,14 +575,13 @@ def run_table(question: str, runs: Sequence[str], results: Results, sample: bool
     head += [f"best weights, {images[1]} images [95 %]", "time", "command"]
     rows = []
     for run in dict.fromkeys([*runs, *results]):
-        found = results.get(run, [])
-        rows.append(run_row(question, run, found, command(question, run, found, run in runs, sample)))
+        found, numbers = results.get(run, []), {} if sample else reported(question, run)
+        rows.append(run_row(run, found, numbers, command(question, run, found, run in runs, sample)))
     return [head, *rows]
 
 
-def run_row(question: str, run: str, found: list[dict], what: str) -> list[str]:
-    """ "-" stands for what has not been run, or what the report does not print."""
-    numbers = reported(question, run)
+def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
+    """ "-" stands for what has not been run, or what the report does not print. numbers: as `reported`."""
     validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]

@@ -670,7 +670,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
     }
     gallery = (tmp_path / "sample/README.md").read_text()
     assert "convnet − frozen_train_mode_other_0123abcd, test: +0.00 points" in gallery  # question 1's network, in 4
-    assert " ± 0.0" in gallery and "| crop | - | 82.7 / - | 82.9 / - | - | - | `python q3" in gallery
+    assert " ± 0.0" in gallery and "| crop | - | - / - | - / - | - | - | `python q3" in gallery  # no report of a sample
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
