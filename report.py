@@ -36,6 +36,8 @@ from common import (
 from machine import UserError, file_lock, on_first, write_atomic
 
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
+# The settings whose seeds measure the noise of training: question and run.
+REPEATED = (("q1", "convnet"), ("q2", "batchnorm"), ("q3", "crop_flip"))
 
 
 class Results(dict[str, list[dict]]):
@@ -523,6 +525,14 @@ def draw_run(found: Sequence[dict], run_folder: Path) -> None:
     save_figure(plot_confusion(found), run_folder / "confusion.png")
 
 
+def draw_runs(results: Results, changed: Collection[str]) -> None:
+    """The figures of the runs that have changed, and of those that lack some."""
+    for run, found in results.items():
+        drawn = all((results.folder / run / f"{name}.png").exists() for name in RUN_FIGURES)
+        if run in changed or not drawn:
+            draw_run(found, results.folder / run)
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 Table = list[list[str]]  # a head and rows
@@ -812,10 +822,7 @@ def write_report(
             results = read_question(folder, [run.name for run in runs], beside or {})
             own = {run: found for run, found in results.items() if run not in (beside or {})}
             own = Results(own, results.repeated, folder)
-            for run, found in own.items():
-                drawn = all((folder / run / f"{name}.png").exists() for name in RUN_FIGURES)
-                if args.replot or run in changed or not drawn:
-                    draw_run(found, folder / run)
+            draw_runs(own, own if args.replot else changed)
             drawings = figures(results) if figures else {}
             for name, figure in drawings.items():
                 save_figure(figure, folder / name)
@@ -837,13 +844,6 @@ def write_report(
             print_report(folder, found_tables, verdicts, args.sample)
 
     on_first(write)
-
-
-REPEATED = (
-    ("q1", "convnet"),
-    ("q2", "batchnorm"),
-    ("q3", "crop_flip"),
-)  # settings whose seeds measure training's noise
 
 
 def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> Results:
