@@ -731,7 +731,7 @@ def write_page(root: Path, sample: bool) -> None:
     summaries = [load_summary(path) for path in sorted(root.glob("q*/summary.json"))]
     lines = [SAMPLE_HEAD if sample else PAGE_HEAD]
     if not sample:
-        lines += verdict_list(summaries)
+        lines += [*verdict_table(summaries), READING_HEAD]
         rows = [row for summary in summaries for row in summary["figures"]]
         head = ["Figure", "shows", "ours", "mean distance of our curves", "command"]
         lines += ["## The report's figures, in order", "", FIGURES_HEAD, *markdown_table([head, *rows])]
@@ -756,14 +756,10 @@ def load_summary(path: Path) -> dict:
     return summary
 
 
-def verdict_list(summaries: Sequence[dict]) -> list[str]:
-    """The claims by verdict."""
-    verdicts = [v for summary in summaries for v in summary["verdicts"]]
-    lines = []
-    for kind in ("holds", "does not hold", "within noise", "not run"):
-        if numbers := [v["claim"] for v in verdicts if v["verdict"] == kind]:
-            lines.append(f"- **{kind}**: claim{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}")
-    return [*lines, ""]
+def verdict_table(summaries: Sequence[dict]) -> list[str]:
+    """The report's claims and what became of them; the evidence stands with each question."""
+    rows = [[v["claim"], v["report"], f"**{v['verdict']}**"] for summary in summaries for v in summary["verdicts"]]
+    return markdown_table([["claim", "the report says", "here"], *rows])
 
 
 SAMPLE_HEAD = """# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10
@@ -777,6 +773,10 @@ Written by the question scripts from the JSON files beside it; do not edit.
 **Scope.** Every run of the report, trained with the settings of its published code on the official CIFAR-10, one seed
 each unless the table says more. Accuracies are in percent. "-" has not been run, or the report prints no number.
 
+What became of the report's ten claims:
+"""
+READING_HEAD = """Below: the report's figures in order, what its way of measuring is worth, and every question with all its runs.
+
 **How to read it.** The report tests the weights of the last epoch on the first 1,000 test images; so does the column
 beside its numbers. What we would report follows: the weights of the best validation epoch on all 10,000, with the 95 %
 Wilson interval of one seed, or mean ± standard deviation of several. "time" is that of all epochs a run is read from.
@@ -784,7 +784,7 @@ Wilson interval of one seed, or mean ± standard deviation of several. "time" is
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. The interval holds the noise of the images and, where several seeds have measured it,
 that of training. A claim of several parts holds where all of them do. A verdict is on the direction of a claim, not on
-the size of the numbers in it. The report's ten claims:
+the size of the numbers in it.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have; two trainings

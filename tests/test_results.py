@@ -588,7 +588,7 @@ def test_the_page_shows_what_is_missing(tmp_path, capsys):
     q1_convnet.main(["--replot", "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     assert "| convnet | - | - / - | 80.7 / - | - | - | `python q1_convnet.py --only convnet` |" in text
-    assert "- **not run**: claims 1, 2" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
+    assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
 def test_the_committed_page_is_what_the_results_give(tmp_path, capsys):
