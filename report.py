@@ -11,6 +11,7 @@ import json
 import math
 import shlex
 import statistics
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -425,7 +426,7 @@ def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
 def new_axes(heading: str, ylabel: str):
     """A figure with one set of axes over epochs; returns both."""
     figure = Figure(figsize=(7.5, 4.5))
-    axes = figure.add_subplot(title=heading)
+    axes = figure.add_subplot(title=textwrap.fill(heading, 64))
     style_axes(axes, ylabel)
     return figure, axes
 
@@ -478,7 +479,7 @@ def plot_accuracy(found: Sequence[dict]) -> Figure:
         best, value = result["best_epoch"], best_validation(result)
         axes.plot(best, value, "o", color="tab:red", label=f"seed {result['seed']}: best {value:.1f} %, epoch {best}")
     plot_reports_curves(axes, first, {"validation_accuracy": "--"})
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -486,7 +487,7 @@ def plot_confusion(found: Sequence[dict]) -> Figure:
     """Confusion matrix of the best weights on all test images, summed over seeds; rows in percent of the true class."""
     counts = sum(np.array(r["test"]["best"]["confusion"]) for r in found)
     percent = 100 * counts / counts.sum(1, keepdims=True)
-    heading = title(found[0], "test confusion (% of the true class)", run=True)
+    heading = textwrap.fill(title(found[0], "test confusion (% of the true class)", run=True), 64)
     figure = Figure(figsize=(7, 6))
     axes = figure.add_subplot(title=heading, xlabel="predicted", ylabel="true")
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
