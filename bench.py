@@ -89,6 +89,7 @@ from machine import (
     keep_large_blocks,
     product_rule,
     session,
+    tell,
 )
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, build_vgg, compute_features
@@ -506,8 +507,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    with session(make_parser(), None) as (args, device):
-        run(args, device)
+    with session(make_parser()) as (args, device):
+        try:
+            run(args, device)
+        except KeyboardInterrupt:  # here no epochs are kept
+            tell("bench.py: interrupted")
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

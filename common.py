@@ -19,9 +19,8 @@ def end_quietly(*_) -> None:
     os._exit(130)
 
 
-if (
-    Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == ROOT
-):  # a script of ours, no notebook
+started = getattr(sys.modules["__main__"], "__file__", None)
+if started and Path(started).resolve().parent == ROOT:  # a script of ours, no notebook
     signal.signal(signal.SIGINT, end_quietly)  # Ctrl-C while the modules below load; from then on `session` answers it
 
 import argparse
