@@ -63,6 +63,30 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
+class Cutout:
+    """A square of size x size pixels, anywhere within the image, becomes grey (DeVries and Taylor 2017); as torchvision's
+    `erase` with 0.5.
+    """
+
+    size: int = 8
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """Where in [0, 1) of all places the square lies, down and across."""
+        down, across = torch.rand(2, n, generator=rng)
+        return down, across
+
+    def apply(self, images: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        rows, columns = (self._covered(place, length) for place, length in zip((down, across), images.shape[2:]))
+        return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
+
+    def _covered(self, place: Tensor, length: int) -> Tensor:
+        """[B] -> bool [B, length]: the pixels that the square covers along one edge."""
+        start = (place * (length - self.size + 1)).long().clamp(max=length - self.size)[:, None]  # place may round to 1
+        pixels = torch.arange(length, device=place.device)
+        return (pixels >= start) & (pixels < start + self.size)
+
+
+@dataclass(frozen=True)
 class Grayscale:
     """torchvision's RandomGrayscale(p): three equal channels."""
 

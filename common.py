@@ -79,6 +79,7 @@ from machine import (
     world_size,
     write_atomic,
 )
+from muon import MuonAndSGD
 
 if NOTEBOOK_BACKEND is not None:
     os.environ["MPLBACKEND"] = NOTEBOOK_BACKEND
@@ -87,7 +88,6 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
 REPORT_TEST_IMAGES = 1000  # the report tests on the first 1,000 images
 SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 18
-SAMPLE_SETTINGS = {"data": "cifar10-sample", "batch_size": 25, "learning_rate": 1e-3}  # eight times the steps of 200
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -98,7 +98,8 @@ class Settings:
     """Everything one training run is made of; the defaults are question 1's.
 
     All fields but `epochs` and `patience` shape the weights: together they name a trajectory (see `key`). How far a
-    trajectory is followed, and which rule stops it, is only a way of reading it.
+    trajectory is followed, and which rule stops it, is only a way of reading it. (A linear schedule ends with the last
+    epoch, so there `epochs` shapes the weights too.)
 
     A field's default never changes: a trajectory is named by what differs from the defaults.
     """
@@ -117,6 +118,10 @@ class Settings:
     learning_rate: float = 2e-3
     lr_decay: float = 0.95  # the learning rate is multiplied by this after every epoch
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
+    optimizer: str = "adam"  # or "muon": Muon for the convolutions, SGD for the rest (see muon.py)
+    filter_learning_rate: float | None = None  # Muon's
+    schedule: str = "exponential"  # of the learning rates, by lr_decay; or "linear": to zero over all steps
+    label_smoothing: float = 0.0  # of the loss that is trained on; what is recorded is the plain cross entropy
     precision: str = "auto"  # becomes fp32 or bf16: see `choose_precision`
     seed: int = 0
     epochs: int = 20
@@ -135,12 +140,19 @@ class Settings:
     def trajectory(self) -> dict:
         """The settings that shape the weights, without those at their default: a new field renames no checkpoint."""
         values, defaults = self.as_dict(), Settings().as_dict()
-        return {k: v for k, v in values.items() if k not in ("epochs", "patience") and v != defaults[k]}
+        reading = {"patience"} if self.schedule == "linear" else {"patience", "epochs"}
+        return {k: v for k, v in values.items() if k not in reading and v != defaults[k]}
 
     def key(self) -> str:
         """Name of the trajectory's checkpoint, the same in every process and question."""
         digest = hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
+
+
+def on_sample(settings: Settings) -> Settings:
+    """These settings as they suit the bundled excerpt: so few images need smaller batches."""
+    epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
+    return dataclasses.replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 
 
 def build_convnet(settings: Settings) -> nn.Module:
@@ -461,10 +473,28 @@ def build(run: Run, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
+Optimizer = torch.optim.Optimizer | MuonAndSGD
+
+
+def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> Optimizer:
+    if settings.optimizer == "muon":
+        return MuonAndSGD(model, settings.learning_rate, settings.filter_learning_rate, settings.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.Adam(trained, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+
+
+def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
+    """What the learning rates are multiplied by when this much of the training is done, by the settings' schedule."""
+    if settings.schedule == "linear":
+        return 1 - epochs_done / settings.epochs
+    return settings.lr_decay ** int(epochs_done)
+
+
+def set_learning_rates(optimizer: Optimizer, settings: Settings, epochs_done: float) -> None:
+    factor = learning_rate_factor(settings, epochs_done)
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("initial_lr", settings.learning_rate) * factor
 
 
 def cut_batches(order: Tensor, size: int) -> list[Tensor]:
@@ -479,10 +509,10 @@ def cut_batches(order: Tensor, size: int) -> list[Tensor]:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
+    model: nn.Module, optimizer: Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
 ) -> tuple[float, Tensor]:
-    """One pass over `split`; returns the mean of the training loss as it was met on the way, and that of every step's
-    batch, float32 [steps] on the CPU.
+    """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that of
+    every step's batch, float32 [steps] on the CPU.
 
     Raises UserError when the loss is not finite.
     """
@@ -492,16 +522,18 @@ def train_epoch(
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
     total, seen, step_losses = torch.zeros((), device=device), 0, []
-    for step, index in enumerate(cut_batches(order, settings.batch_size), 1):
+    batches = cut_batches(order, settings.batch_size)
+    for step, index in enumerate(batches, 1):
+        set_learning_rates(optimizer, settings, epoch - 1 + (step - 1) / len(batches))
         images, labels = split.batch(index, settings, rng, my_part(len(index)))
         with autocast(settings, device):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / len(index)
+            logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.label_smoothing) / len(index)
         optimizer.zero_grad(set_to_none=True)
         (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
         optimizer.step()
-        step_losses.append(loss.detach())
-        total += loss.detach() * len(index)
+        step_losses.append(F.cross_entropy(logits.detach(), labels, reduction="sum") / len(index))
+        total += step_losses[-1] * len(index)
         seen += len(index)
         progress.update(len(index))
         if step % 20 == 0 or seen == len(split):  # reading the loss makes a GPU wait: not at every step
@@ -569,7 +601,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
       history                   one dict per epoch
       step_losses               per epoch the training loss of every step, float32 [steps]
       predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
-      model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, Adam's
+      model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, the optimiser's
     """
     if run.settings.patience is not None and not len(data["validation"]):
         raise UserError(f"{run.name}: patience needs validation images, and there are none")
@@ -598,9 +630,7 @@ def train_on(run: Run, model: nn.Module, data: dict[str, Split], device: torch.d
         while not stops_after(history, settings):
             start, epoch = time.perf_counter(), len(history) + 1
             show_epoch(progress, run, history)
-            lr = settings.learning_rate * settings.lr_decay ** (epoch - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
             train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
             speed = len(data["train"]) / (time.perf_counter() - start)
             share_buffers(model)
@@ -922,8 +952,7 @@ def asked_for(run: Run, args: argparse.Namespace, precision: str) -> Run:
     """
     settings = dataclasses.replace(run.settings, precision=precision)
     if args.sample:
-        epochs = min(settings.epochs, SAMPLE_EPOCHS)
-        settings = dataclasses.replace(settings, **SAMPLE_SETTINGS, epochs=epochs)
+        settings = on_sample(settings)
     name = run.name
     if args.epochs and args.epochs != settings.epochs:
         settings = dataclasses.replace(settings, epochs=args.epochs)
@@ -1027,7 +1056,7 @@ def glance(path: Path) -> tuple[dict, list[dict]] | None:
 
 def kind(trajectory: dict) -> tuple:
     """What an epoch's duration depends on most."""
-    return tuple(trajectory.get(name) for name in ("network", "backbone", "data"))
+    return tuple(trajectory.get(name) for name in ("network", "backbone", "data", "optimizer"))
 
 
 def epoch_seconds(checkpoints: Iterable[tuple[dict, list[dict]] | None]) -> dict[tuple, float]:

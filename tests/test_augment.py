@@ -13,11 +13,12 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.transforms.v2.functional import to_pil_image
 
 import q3_augment_dropout
-from augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
+from augment import ColorJitter, Cutout, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
 
 AUGMENTATIONS = [
     HorizontalFlip(p=0.5),
     RandomCrop(padding=4),
+    Cutout(size=8),
     Grayscale(p=0.2),
     GaussianBlur(kernel_size=13, sigma=(0.1, 2.0), p=0.2),
     GaussianBlur(kernel_size=5, sigma=(0.1, 2.0), p=0.5),
@@ -61,6 +62,9 @@ def torchvision_image(augmentation, image: Tensor, parameters: list[Tensor]) -> 
         case RandomCrop(padding=padding):
             top, left = (p.item() for p in parameters)
             return TF.crop(TF.pad(image, [padding] * 4, padding_mode="reflect"), top, left, *image.shape[1:])
+        case Cutout(size=size):
+            top, left = (int(place * (edge - size + 1)) for place, edge in zip(parameters, image.shape[1:]))
+            return TF.erase(image, top, left, size, size, torch.tensor(0.5))
         case Grayscale():
             return TF.rgb_to_grayscale(image, num_output_channels=3) if parameters[0] else image
         case GaussianBlur(kernel_size=size):

@@ -1,5 +1,6 @@
 """Bad input: one line on standard error that says what to do, exit code 2, no traceback, nothing lost."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import common
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
-from common import CIFAR10, ROOT, SAMPLE_SETTINGS, Settings, find_data_dir, load_checkpoint, set_aside
+from common import CIFAR10, ROOT, Settings, find_data_dir, load_checkpoint, on_sample, set_aside
 from machine import UserError, choose_precision, file_lock, write_atomic
 
 
@@ -235,7 +236,7 @@ def test_fresh_leaves_what_another_process_trains(checkpoint):
 
 def test_checkpoint_of_other_settings(checkpoint):
     precision = torch.load(checkpoint, weights_only=True)["settings"]["precision"]
-    settings = Settings(**SAMPLE_SETTINGS | {"learning_rate": 1.0}, precision=precision)
+    settings = dataclasses.replace(on_sample(Settings(precision=precision)), learning_rate=1.0)
     with pytest.raises(UserError, match=r"trained with other settings \(learning_rate\).*--fresh"):
         load_checkpoint(checkpoint, settings, common.ConvNet())
 

@@ -12,6 +12,7 @@ import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
+import q5_modern_recipe
 import report
 from augment import Grayscale
 from common import ROOT, correct_images, load_result, make_parser, score, select_runs
@@ -33,7 +34,7 @@ from report import (
     wilson_interval,
 )
 
-QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)
+QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
 
 
 @pytest.mark.parametrize(
@@ -647,6 +648,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         (QUESTIONS[1], ["batchnorm", "convnet_full", "convnet_patience5"]),
         (QUESTIONS[2], ["flip_p0.5", "dropout_0.1"]),
         (QUESTIONS[3], ["scratch", "frozen_train_mode_other_0123abcd"]),
+        (QUESTIONS[4], ["fast", "fast_adam"]),
     ):
         for name in names:
             folder = tmp_path / "sample" / question.__name__[:2] / name
@@ -667,9 +669,11 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
         "dropout_bars.png",
         "transfer.png",
         "steps.png",
+        "time.png",
     }
     gallery = (tmp_path / "sample/README.md").read_text()
     assert "convnet − frozen_train_mode_other_0123abcd, test: +0.00 points" in gallery  # question 1's network, in 4
+    assert "| Muon and SGD (the exercise's Adam) |" in gallery and "| label smoothing | - | - |" in gallery
     assert " ± 0.0" in gallery and "| crop | - | - / - | - / - | - | - | `python q3" in gallery  # no report of a sample
 
 

@@ -17,7 +17,6 @@ import q4_vgg_transfer
 from augment import HorizontalFlip, RandomCrop
 from common import (
     ROOT,
-    SAMPLE_SETTINGS,
     ConvNet,
     Run,
     Settings,
@@ -26,6 +25,7 @@ from common import (
     build,
     evaluate,
     load_checkpoint,
+    on_sample,
     read_run,
     stopping_epoch,
     train,
@@ -135,6 +135,50 @@ def test_the_optimiser_is_the_exercises(two_epochs):
     assert [entry["lr"] for entry in two_epochs[1]["history"]] == pytest.approx([2e-3, 2e-3 * 0.95])
 
 
+MODERN = {"optimizer": "muon", "learning_rate": 0.05, "filter_learning_rate": 0.1, "schedule": "linear"}
+
+
+def test_an_interrupted_linear_schedule_ends_where_an_uninterrupted_one_does(small, tmp_path, monkeypatch):
+    """Muon's momentum, SGD's, and the learning rates of every step go on."""
+    whole = follow(small, tmp_path / "whole", **MODERN)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "print_epoch", interrupt)  # when the first epoch is saved
+    with pytest.raises(KeyboardInterrupt):
+        follow(small, tmp_path / "halves", **MODERN)
+    monkeypatch.undo()
+    assert_same_training(follow(small, tmp_path / "halves", **MODERN), whole)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("linear", [0.05, 0.0375, 0.025, 0.0125]), ("exponential", [0.05, 0.05, 0.0475, 0.0475])],
+)
+def test_the_learning_rates_of_every_step(small, tmp_path, monkeypatch, schedule, rates):
+    """Two epochs of two steps. Muon's follows the same schedule."""
+    met, real = [], common.MuonAndSGD.step
+
+    def step(optimizer):
+        met.append([group["lr"] for group in optimizer.param_groups])
+        real(optimizer)
+
+    monkeypatch.setattr(common.MuonAndSGD, "step", step)
+    history = follow(small, tmp_path, **MODERN | {"schedule": schedule})["history"]
+    assert [lr for _, lr in met] == pytest.approx(rates)
+    assert [lr for lr, _ in met] == pytest.approx([2 * rate for rate in rates])
+    assert [h["lr"] for h in history] == pytest.approx(rates[::2])
+
+
+def test_smoothed_labels_are_trained_on_and_the_plain_loss_is_recorded(small, tmp_path):
+    plain, smoothed = (
+        follow(small, tmp_path / str(share), label_smoothing=share, epochs=1)["step_losses"][0] for share in (0.0, 0.5)
+    )
+    assert plain[0] == smoothed[0]  # before the first update
+    assert plain[1] != smoothed[1]
+
+
 def test_one_epoch_extended_to_two_is_two_in_one_go(small, two_epochs, tmp_path):
     one = follow(small, tmp_path, epochs=1)
     assert len(one["history"]) == 1
@@ -184,6 +228,9 @@ def test_patience_needs_validation_images(small, tmp_path):
 def test_the_key_is_what_shapes_the_weights():
     settings = Settings()
     assert dataclasses.replace(settings, epochs=50, patience=5).key() == settings.key()
+    linear = dataclasses.replace(settings, schedule="linear")  # it ends with the last epoch
+    assert dataclasses.replace(linear, patience=5).key() == linear.key()
+    assert dataclasses.replace(linear, epochs=50).key() != linear.key()
     for change in (
         {"seed": 1},
         {"precision": "fp32"},
@@ -194,6 +241,10 @@ def test_the_key_is_what_shapes_the_weights():
         {"data": "x"},
         {"dropout_after_pool": True},
         {"backbone": "frozen"},
+        {"optimizer": "muon"},
+        {"filter_learning_rate": 0.1},
+        {"schedule": "linear"},
+        {"label_smoothing": 0.1},
     ):
         assert dataclasses.replace(settings, **change).key() != settings.key()
 
@@ -315,7 +366,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before(small, tmp_path, monkeyp
 
 def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, monkeypatch, capsys):
     """The lock of seed 0 is taken; the other process lets go of it while seed 1 is trained."""
-    settings = Settings(precision="fp32", **SAMPLE_SETTINGS)
+    settings = on_sample(Settings(precision="fp32"))
     taken = ExitStack()
     assert taken.enter_context(common.file_lock(tmp_path / f"{settings.key()}.lock"))
     leftover = tmp_path / f".{settings.key()}.pt.host.1.tmp"  # of a process killed while it wrote the checkpoint
@@ -337,7 +388,7 @@ def test_a_trajectory_that_another_process_trains_comes_later(small, tmp_path, m
 
 def test_where_nothing_else_is_left_it_waits_for_another_process(small, tmp_path, monkeypatch):
     """The lock of the only run is taken until somebody waits for it."""
-    settings = Settings(precision="fp32", **SAMPLE_SETTINGS)
+    settings = on_sample(Settings(precision="fp32"))
     path = tmp_path / f"{settings.key()}.lock"
     taken, waits, real = ExitStack(), [], common.file_lock
     assert taken.enter_context(real(path))

@@ -1,0 +1,63 @@
+"""Muon, for a network of convolutions: torch.optim.Muon takes matrices only, and leaves the rest to another optimiser."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SGD_MOMENTUM = 0.85  # Nesterov
+MUON_MOMENTUM = 0.6
+
+
+class MuonAndSGD:
+    """Muon for the weights of convolutions; SGD with Nesterov momentum for batch norm, biases and linear layers.
+
+    Muon (K. Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) replaces the update of a matrix by the
+    orthogonal matrix nearest to it. A convolution's weight is such a matrix, [C_out, K * K * C_in]. After every step
+    its Frobenius norm is set back to sqrt(C_out), as in https://github.com/KellerJordan/cifar10-airbench: what its
+    length means is up to the batch norm behind it, and the learning rate stays relative to the weight.
+
+    The part of torch.optim.Optimizer's interface that a training loop uses. A param group's "initial_lr" is its
+    learning rate at the start.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, filter_learning_rate: float, weight_decay: float):
+        convolutions = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+        taken = set(map(id, convolutions))
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        self.weights = convolutions
+        self.matrices = [as_matrix(weight.detach()) for weight in convolutions]
+        self.muon = torch.optim.Muon(self.matrices, filter_learning_rate, weight_decay=0.0, momentum=MUON_MOMENTUM)
+        self.sgd = torch.optim.SGD(others, learning_rate, SGD_MOMENTUM, weight_decay=weight_decay, nesterov=True)
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [*self.muon.param_groups, *self.sgd.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.weights:
+            weight.grad = None
+        self.sgd.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for matrix, weight in zip(self.matrices, self.weights):
+            matrix.grad = as_matrix(weight.grad.contiguous(memory_format=torch.channels_last))
+        self.muon.step()
+        self.sgd.step()
+        for matrix in self.matrices:
+            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "sgd": self.sgd.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.sgd.load_state_dict(state["sgd"])
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """[C_out, C_in, K, K], channels_last -> a view of it, [C_out, K * K * C_in]. RuntimeError where it lies otherwise."""
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
