@@ -36,9 +36,11 @@ from report import (
     new_panels,
     paired_difference,
     plot_curve,
+    reported,
     same_training,
     test_accuracy,
     title,
+    validation_difference,
     write_report,
 )
 
@@ -223,6 +225,10 @@ def practices(results: Results) -> list[list[str]]:
         if name in results:
             found = paired_difference(results, name, name, ("best", "last"))
             rows.append([f"stops without restoring the best weights ({name})", f"best − last: {found.in_words()}"])
+    if (found := validation_difference(results, "batchnorm_patience7", "batchnorm_patience5")) is not None:
+        theirs = [reported("q2", f"batchnorm_patience{patience}")["validation"] for patience in (7, 5)]
+        worth = f"patience 7 − 5, best validation: {found.in_words()}; the report's text: {theirs[0] - theirs[1]:+.1f}"
+        rows.append(["shows Figure 12, of patience 5, again as Figure 14, of patience 7", worth])
     for network in COLORS:
         if f"{network}_full" in results:
             rows.append(["lets an epoch equal to the best neither count nor reset", ties(network, results)])

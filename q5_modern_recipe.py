@@ -135,7 +135,6 @@ def tune(args: argparse.Namespace, device: torch.device) -> None:
         history = train(run, build(run, device), data, device, path)["history"]
         accuracy, seconds = history[-1]["validation_accuracy"], sum(h["seconds"] for h in history)
         rows[run.name] = {"tried": run.name, "epochs": len(history), "accuracy": accuracy, "seconds": seconds}
-        print(f"{run.name}: {accuracy:.2f} % of {HELD_OUT:,} held-out training images, {duration(seconds)}")
     text = json.dumps([rows[run.name] for run in runs], indent=1) + "\n"
     on_first(lambda: write_atomic(tuning_file(question_folder("q5", args)), text.encode()))
 

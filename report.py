@@ -339,6 +339,20 @@ def report_filters() -> tuple[np.ndarray, np.ndarray]:
         return saved["before"] - 127.5, saved["after"] - saved["after"].mean()
 
 
+def contradicted() -> list[tuple[str, str, float]]:
+    """Where the report's text prints another best validation accuracy than its own plot shows: the plot's figure, its
+    run, and text − plot in points.
+    """
+    found = []
+    for figure in the_report()["figures"]:
+        printed = reported(figure["question"], figure["run"]).get("validation")
+        if type(printed) is float and "validation_accuracy" in figure:
+            apart = printed - max(figure["validation_accuracy"])
+            if abs(apart) > 0.05:
+                found.append((figure["figure"], figure["run"], apart))
+    return found
+
+
 def as_the_report_validates(result: dict, name: str) -> list[float]:
     """A history entry over epochs; of validation on augmented images where there are such, as in the report."""
     augmented = f"augmented_{name}"
@@ -712,6 +726,7 @@ def general_practices(root: Path) -> list[list[str]]:
         return []
     restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in trainings.values()]
     fewer = [test_accuracy(r, "last", "report_images") - test_accuracy(r, "last") for r in trainings.values()]
+    text_and_plot = ", ".join(f"{run} {apart:+.1f} (Figure {number})" for number, run, apart in contradicted())
     noise = "the 95 % interval of one accuracy near 80 % on 1,000 images is ±2.5 points"
     return [
         [
@@ -719,6 +734,7 @@ def general_practices(root: Path) -> list[list[str]]:
             f"best − last, all test images: {mean_and_range(restored)}",
         ],
         ["tests on the first 1,000 of 10,000 images", f"first 1,000 − all: {mean_and_range(fewer)}; {noise}"],
+        ["prints best validation accuracies that its own plots contradict", f"text − plot: {text_and_plot}"],
     ]
 
 

@@ -499,6 +499,18 @@ def test_a_runs_figures_carry_the_reports_curves():
     assert axes.lines[-1].get_ydata().tolist() == theirs["validation_accuracy"]
 
 
+def test_what_the_reports_text_and_its_plots_contradict():
+    """As listed by whoever read the report: Figures 15, 20, 24, 25 and 26."""
+    found = {number: (run, round(apart, 1)) for number, run, apart in report.contradicted()}
+    assert found == {
+        "15": ("flip_p0.1", 0.9),
+        "20": ("crop", -0.2),
+        "24": ("color_jitter", 2.0),
+        "25": ("crop_flip_gray_blur", 1.1),
+        "26": ("crop_flip_gray_blur_jitter", 4.8),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 
