@@ -81,7 +81,7 @@ class Cutout:
 
     def _covered(self, place: Tensor, length: int) -> Tensor:
         """[B] -> bool [B, length]: the pixels that the square covers along one edge."""
-        start = (place * (length - self.size + 1)).long().clamp(max=length - self.size)[:, None]  # place may round to 1
+        start = (place * (length - self.size + 1)).long()[:, None]
         pixels = torch.arange(length, device=place.device)
         return (pixels >= start) & (pixels < start + self.size)
 

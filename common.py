@@ -118,7 +118,7 @@ class Settings:
     learning_rate: float = 2e-3
     lr_decay: float = 0.95  # the learning rate is multiplied by this after every epoch
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
-    optimizer: str = "adam"  # or "muon": Muon for the convolutions, SGD for the rest (see muon.py)
+    optimizer: str = "adam"  # or "muon": Muon for the convolutions, and SGD at learning_rate for the rest
     filter_learning_rate: float | None = None  # Muon's
     schedule: str = "exponential"  # of the learning rates, by lr_decay; or "linear": to zero over all steps
     label_smoothing: float = 0.0  # of the loss that is trained on; what is recorded is the plain cross entropy
@@ -150,7 +150,7 @@ class Settings:
 
 
 def on_sample(settings: Settings) -> Settings:
-    """These settings as they suit the bundled excerpt: so few images need smaller batches."""
+    """These settings as they suit the bundled excerpt: so few images need smaller batches, at half the learning rate."""
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
     return dataclasses.replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 
@@ -982,6 +982,7 @@ def every_seed(runs: Sequence[Run], seeds: int) -> list[Run]:
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Split]:
+    keep_large_blocks()
     data = on_all(lambda: load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))
     return {part: split.to(device) for part, split in data.items()}
 
@@ -994,9 +995,18 @@ def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, dev
     if args.replot:
         return
     here = question_folder(question, args)
-    on_first(lambda: [require_writable(path) for path in (args.output_dir, args.checkpoint_dir)])
     on_first(lambda: [load_results(path) for path in here.parent.glob("q*/*/")])  # damage is an error now, not in hours
-    keep_large_blocks()
+    for run, parameters, state, data in train_all(runs, args, device):
+        result = read_run(question, run, parameters, state, data["test"].labels)
+        if on_first(lambda: write_result(here / run.name, result, state)):
+            yield run
+
+
+def train_all(
+    runs: Sequence[Run], args: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[Run, dict, dict, dict[str, Split]]]:
+    """Train what is missing of every run and seed; yields each run with its parameters, its checkpoint and the images."""
+    on_first(lambda: [require_writable(path) for path in (args.output_dir, args.checkpoint_dir)])
     data = load_data(args, device)
     queue = every_seed(runs, args.seeds)
     if args.fresh:
@@ -1008,10 +1018,7 @@ def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, dev
         if str(model) not in shown and rank() == 0:
             print(describe(model))
         shown.add(str(model))
-        state = train(run, model, data, device, path)
-        result = read_run(question, run, parameters, state, data["test"].labels)
-        if on_first(lambda: write_result(here / run.name, result, state)):
-            yield run
+        yield run, parameters, train(run, model, data, device, path), data
 
 
 def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> None:

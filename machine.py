@@ -93,7 +93,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """What convolutions and matrix products are computed in; weights and optimiser stay float32."""
+    """What convolutions and matrix products are computed in; weights stay float32, and what optimisers keep."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

@@ -13,9 +13,10 @@ class MuonAndSGD:
     """Muon for the weights of convolutions; SGD with Nesterov momentum for batch norm, biases and linear layers.
 
     Muon (K. Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) replaces the update of a matrix by the
-    orthogonal matrix nearest to it. A convolution's weight is such a matrix, [C_out, K * K * C_in]. After every step
-    its Frobenius norm is set back to sqrt(C_out), as in https://github.com/KellerJordan/cifar10-airbench: what its
-    length means is up to the batch norm behind it, and the learning rate stays relative to the weight.
+    orthogonal matrix nearest to it, which torch.optim.Muon computes in bfloat16 whatever the run's precision: on CPUs
+    without it that takes long. A convolution's weight is such a matrix, [C_out, K * K * C_in]. Before every update its
+    Frobenius norm is set to sqrt(C_out), as in https://github.com/KellerJordan/cifar10-airbench: with a batch norm
+    behind it its length means nothing, and so the learning rate is relative to it.
 
     The part of torch.optim.Optimizer's interface that a training loop uses. A param group's "initial_lr" is its
     learning rate at the start.
@@ -45,10 +46,9 @@ class MuonAndSGD:
     def step(self) -> None:
         for matrix, weight in zip(self.matrices, self.weights):
             matrix.grad = as_matrix(weight.grad.contiguous(memory_format=torch.channels_last))
+            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
         self.muon.step()
         self.sgd.step()
-        for matrix in self.matrices:
-            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
 
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "sgd": self.sgd.state_dict()}

@@ -610,7 +610,10 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
-    best = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
+    of_the_report = found[0]["question"] in the_report()["numbers"]
+    best = [
+        max(as_the_report_validates(r, "validation_accuracy")) if of_the_report else best_validation(r) for r in found
+    ]
     last = [test_accuracy(r, "last", "report_images") for r in found]
     return [
         run,
@@ -717,7 +720,8 @@ def question_section(
 def general_practices(root: Path) -> list[list[str]]:
     """What the report did in every question, and what it changes: over all trainings there are, each read to its end."""
     trainings: dict[str, dict] = {}
-    for path in sorted(root.glob("q*/*/")):
+    runs = [path for question in the_report()["numbers"] for path in sorted(root.glob(f"{question}/*/"))]
+    for path in runs:
         for result in load_results(path):
             first_epoch = json.dumps(result["history"][0])  # tells one training from another
             longest = trainings.get(first_epoch, result)
@@ -788,7 +792,8 @@ PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
 Written by the question scripts from the JSON files beside it; do not edit.
 
 **Scope.** Every run of the report, trained with the settings of its published code on the official CIFAR-10, one seed
-each unless the table says more. Accuracies are in percent. "-" has not been run, or the report prints no number.
+each unless the table says more; question 5 goes beyond it. Accuracies are in percent. "-" has not been run, or the
+report prints no number.
 
 What became of the report's ten claims:
 """
@@ -864,11 +869,14 @@ def write_report(
 
 
 def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> Results:
-    """All results of a question: of its runs, in order, then of whatever else is there, then of other questions'."""
+    """All results of a question: of its runs, in order, then of whatever else is there, then of other questions'.
+
+    The noise of the report's kind of training is that of its repeated settings; question 5 has its own seeds.
+    """
     others = sorted(path.name for path in folder.glob("*/") if path.name not in runs)
     found = {run: load_results(folder / run) for run in [*runs, *others]}
     found |= {run: load_results(folder.parent / question / run) for run, question in beside.items()}
-    repeated = [load_results(folder.parent / question / run) for question, run in REPEATED]
+    repeated = [load_results(folder.parent / q / run) for q, run in REPEATED if folder.name in the_report()["numbers"]]
     found = {run: seeds for run, seeds in found.items() if seeds}
     return Results(found, [seeds for seeds in repeated if len(seeds) > 1], folder)
 

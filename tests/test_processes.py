@@ -79,7 +79,8 @@ from common import Run, Settings, Split, build, load_sample, make_optimizer, tra
 from machine import distribute, processes, rank
 
 cpu = torch.device("cpu")
-settings = Settings(augment=(HorizontalFlip(),), precision="fp32", batch_size=101)  # 50 and 51 images
+changes = {"optimizer": "muon", "filter_learning_rate": 0.1} if sys.argv[2] == "muon" else {}
+settings = Settings(augment=(HorizontalFlip(),), precision="fp32", batch_size=101, **changes)  # 50 and 51 images
 sample = load_sample()["train"]
 with processes(cpu):
     model = build(Run("step", settings), cpu)
@@ -87,22 +88,27 @@ with processes(cpu):
     split = Split(sample.images[:101], sample.labels[:101])
     loss, _ = train_epoch(distribute(model, cpu), optimizer, split, settings, 1, tqdm(disable=True))
     if rank() == 0:
-        torch.save({"loss": loss, "gradients": {n: p.grad for n, p in model.named_parameters()}}, sys.argv[1])
+        gradients, weights = ({n: f(p) for n, p in model.named_parameters()} for f in (lambda p: p.grad, lambda p: p.data))
+        torch.save({"loss": loss, "gradients": gradients, "weights": weights}, sys.argv[1])
 """
 
 
-def test_one_step_of_two_processes_has_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_one_step_of_two_processes_has_the_gradients_of_one(tmp_path, optimizer):
     (tmp_path / "one_step.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ONE_STEP}")
     found = []
     for processes in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "one_step.py")]
-        subprocess.run([*command, str(tmp_path / "found.pt")], check=True, capture_output=True)
+        subprocess.run([*command, str(tmp_path / "found.pt"), optimizer], check=True, capture_output=True)
         found.append(torch.load(tmp_path / "found.pt", weights_only=True))
     one, two = found
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for name, gradient in one["gradients"].items():
         assert ((two["gradients"][name] - gradient).norm() / gradient.norm()).item() < 1e-3, name
+    if optimizer == "muon":  # Adam makes whole steps of the rounding of tiny gradients
+        for name, weight in one["weights"].items():
+            assert ((two["weights"][name] - weight).norm() / weight.norm()).item() < 1e-2, name
 
 
 def kill_rank_one(launcher: int) -> None:

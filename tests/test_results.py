@@ -685,6 +685,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
     }
     gallery = (tmp_path / "sample/README.md").read_text()
     assert "convnet − frozen_train_mode_other_0123abcd, test: +0.00 points" in gallery  # question 1's network, in 4
+    assert "`python q5_modern_recipe.py --only fast_no_smoothing --sample`" in gallery
     assert "| Muon and SGD (the exercise's Adam) |" in gallery and "| label smoothing | - | - |" in gallery
     assert " ± 0.0" in gallery and "| crop | - | - / - | - / - | - | - | `python q3" in gallery  # no report of a sample
 
