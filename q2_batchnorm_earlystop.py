@@ -10,6 +10,11 @@ results/README.md
 
 These runs are two trajectories, one per network: each is trained once, to 50 epochs, and every epoch budget and
 stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.
+
+With batch norm the training loss follows the report's to the width of the line, but validation accuracy jumps by points
+from one epoch to the next, in the report's curves as in ours. So where a patience ends is luck: the report's patience 7
+outlasted all 50 epochs, ours ended with the same weights as patience 5. And so is what the last epoch's weights are
+worth: the best ones are safer.
 """
 
 import math

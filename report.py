@@ -692,15 +692,22 @@ def markdown_table(table: Table) -> list[str]:
     return [head, "|" + " --- |" * len(table[0]), *body, ""]
 
 
+def prose(doc: str) -> list[str]:
+    """The paragraphs of a script's docstring without its first line, its commands, and the pointer to this page."""
+    paragraphs = [" ".join(text.split()) for text in doc.split("\n\n")[1:] if not text.startswith(" ")]
+    return [text.replace("What we found: results/README.md", "").strip() for text in paragraphs]
+
+
 def question_section(
-    question: str, heading: str, results: Results, tables: Sequence[Table], verdicts: list[dict], figures: Iterable[str]
+    question: str, doc: str, results: Results, tables: Sequence[Table], verdicts: list[dict], figures: Iterable[str]
 ) -> str:
     """A question's part of the page, as Markdown: tables, claims, figures, and every run's own figures folded away."""
     links = {}  # to the JSON, or to the folder of all seeds'
     for run, found in results.items():
         file = f"seed{found[0]['seed']}.json" if len(found) == 1 else ""
         links[run] = link(run, f"{question}/{run}/{file}")
-    lines = [f"## {heading}", ""]
+    heading = doc.splitlines()[0].rstrip(".")
+    lines = [f"## {heading}", "", *(paragraph + "\n" for paragraph in prose(doc))]
     for head, *rows in tables:
         cells = [[links.get(row[0], row[0]), *row[1:]] for row in rows]
         if head[-1] == "command":
@@ -832,10 +839,10 @@ def write_report(
 ) -> None:
     """Figures, summary.json and the page, from what is in `results/` alone.
 
-    doc: the script's docstring, whose first line is the heading. figures: of all results, by file name. tables: further
-    ones. practices: what the report did, and what it changes. beside: other questions' runs that these functions want
-    (run: question). changed: the runs with a new result; the figures of the others are drawn where they are missing, or
-    with --replot. show: print tables and verdicts.
+    doc: the script's docstring: its first line is the heading, its prose the introduction. figures: of all results, by
+    file name. tables: further ones. practices: what the report did, and what it changes. beside: other questions' runs
+    that these functions want (run: question). changed: the runs with a new result; the figures of the others are drawn
+    where they are missing, or with --replot. show: print tables and verdicts.
     """
 
     def write() -> None:
@@ -851,13 +858,12 @@ def write_report(
             names = [run.name for run in runs]
             found_tables = [run_table(question, names, own, args.sample), *(tables(results) if tables else [])]
             verdicts = [claim.judge(results) for claim in claims]
-            heading = doc.splitlines()[0].rstrip(".")
             summary = {
                 "question": question,
                 "verdicts": verdicts,
                 "figures": [] if args.sample else figure_rows(question, own),
                 "practices": practices(results) if practices else [],
-                "section": question_section(question, heading, own, found_tables, verdicts, drawings),
+                "section": question_section(question, doc, own, found_tables, verdicts, drawings),
             }
             text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
             write_atomic(folder / "summary.json", text.encode())
