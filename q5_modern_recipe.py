@@ -11,8 +11,8 @@ fast? `fast` is for minutes, `strong` for most of an hour. What we found: result
 
 The recipe follows airbench (K. Jordan, https://github.com/KellerJordan/cifar10-airbench): Muon for the convolutions and
 SGD for the rest, their learning rates linear to zero over all steps, label smoothing, flips and small shifts. Its numbers
-were chosen by --tune: trained on the first 45,000 training images, measured on the last 5,000, never on test images. A
-linear schedule ends with the last epoch, so with another number of --epochs the training starts anew.
+are a prototype's; --tune, not run yet, is to choose them: trained on the first 45,000 training images, measured on the
+last 5,000, never on test images. A linear schedule ends with the last epoch, so with another number of --epochs the training starts anew.
 """
 
 import argparse
