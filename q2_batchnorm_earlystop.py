@@ -15,6 +15,11 @@ With batch norm the training loss follows the report's to the width of the line,
 from one epoch to the next, in the report's curves as in ours. So where a patience ends is luck: the report's patience 7
 outlasted all 50 epochs, ours ended with the same weights as patience 5. And so is what the last epoch's weights are
 worth: the best ones are safer.
+
+Let run for all 50 epochs, batch norm finds its best weights after both patiences have stopped, clearly better ones on
+test: the report's 85.8 % is what 50 epochs bring more than what a patience of 7 does. Without batch norm the same
+epochs bring nothing. By then weight decay has pulled a third of batch norm's first-layer filters to zero, grey squares
+in the picture; the report's Figure 13 shows the same. Nothing of the kind happens without batch norm.
 """
 
 import math
