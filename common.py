@@ -841,11 +841,14 @@ def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Ten
     }
 
 
+RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run: report.py draws them
+
+
 def write_result(run_folder: Path, result: dict, state: dict) -> bool:
     """seed<N>.json, and seed<N>.npz: the first layer's filters before training, at the best and at the last epoch, and
     the training loss of every step, [epochs, steps].
 
-    Returns whether the result is new.
+    Returns whether the result is new; then figures of older ones are deleted, lest an interrupt leave them beside it.
     """
     text = json.dumps(result, indent=2)
     innermost = r"[\[{][^\[\]{}]*[\]}]"  # on one line each
@@ -853,11 +856,14 @@ def write_result(run_folder: Path, result: dict, state: dict) -> bool:
     epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
     arrays = {name: state["filters"][epoch].numpy() for name, epoch in epochs.items()}
     arrays["step_losses"] = torch.stack(state["step_losses"][: epochs["last"]]).numpy()
+    path, content = run_folder / f"seed{result['seed']}.json", (text + "\n").encode()
+    new = not path.exists() or path.read_bytes() != content
+    if new:
+        for name in RUN_FIGURES:
+            (run_folder / f"{name}.png").unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(run_folder / f"seed{result['seed']}.npz", buffer.getbuffer())
-    path, content = run_folder / f"seed{result['seed']}.json", (text + "\n").encode()
-    new = not path.exists() or path.read_bytes() != content
     write_atomic(path, content)
     return new
 

@@ -46,7 +46,7 @@ def filters_become_smooth(run: str) -> Check:
     interval of the difference. The first seed's filters.
     """
 
-    def check(results: Results) -> Finding:
+    def check(results: Results, comparisons: int = 1) -> Finding:
         if run not in results:
             return NOT_RUN
         arrays = load_arrays(results.folder / run, results[run][0])

@@ -46,6 +46,8 @@ from report import (
     Table,
     beats,
     command,
+    evidence,
+    is_sample,
     load_arrays,
     new_axes,
     new_grid,
@@ -259,12 +261,13 @@ def transfer_checks(label: str) -> tuple[Check, ...]:
     return beats("convnet", frozen), beats(finetune, "scratch"), beats(finetune, "convnet")
 
 
-def stand_ins(results: Results) -> Finding:
+def stand_ins(results: Results, comparisons: int = 1) -> Finding:
     """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
     names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", run) for run in results]
     labels = sorted({name[1] for name in names if name})
     found = Claim("10", "", tuple(check for label in labels for check in transfer_checks(label))).judge(results)
-    return Finding(found["verdict"], found["evidence"]) if labels else NOT_RUN
+    one_training = any(part["one_training"] for part in found["parts"])
+    return Finding(found["verdict"], "; ".join(evidence(found)), one_training) if labels else NOT_RUN
 
 
 CLAIMS = [
@@ -304,7 +307,7 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
         axes.plot(range(1, losses.size + 1), losses.ravel(), linewidth=0.4, label="every step")
         means = (np.arange(len(losses)) + 0.5) * steps
         axes.plot(means, losses.mean(1), color="tab:orange", label="mean of every epoch")
-        for theirs in report_figures("q4", run):
+        for theirs in [] if is_sample(results[run][0]) else report_figures("q4", run):
             if "train_loss" in theirs:
                 middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps
                 label = f"report, Figure {theirs['figure']}, mean of every epoch"
@@ -318,13 +321,14 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
 def tables(results: Results) -> list[Table]:
     """Parameters of backbone and head, and how many of them are trained."""
     rows = []
-    for run, (result, *_) in results.items():
+    for run, found in results.items():
+        result = found[0]
         if result["question"] == "q4":
             layers = result["parameters"]["layers"]
             backbone = sum(row["parameters"] for row in layers if row["layer"].startswith("features"))
             head = sum(row["parameters"] for row in layers) - backbone
             trained, weights = result["parameters"]["trainable"], result["settings"]["weights"]
-            rows.append([run, f"{backbone:,}", f"{head:,}", f"{trained:,}", weights, command("q4", run, [result])])
+            rows.append([run, f"{backbone:,}", f"{head:,}", f"{trained:,}", weights, command("q4", run, found)])
     return [[["run", "backbone", "head", "trained", "starts from", "command"], *rows]] if rows else []
 
 

@@ -5,9 +5,8 @@
     python q5_modern_recipe.py --sample --only fast   # the bundled images
     python q5_modern_recipe.py --tune                 # every setting that was tried, on held-out training images
 
-The report's best ConvNet reaches 84.6 % after 30 epochs (crop and flip, without batch norm; 82.2 % with it). How far
-does the same network with batch norm get, its 7,682,826 parameters unchanged, with what has been learnt since, and how
-fast? `fast` is for minutes, `strong` for most of an hour. What we found: results/README.md
+The report's best ConvNet reaches 84.6 % after 30 epochs (crop and flip, without batch norm). How far does the same
+network with batch norm get, its 7,682,826 parameters unchanged, with what has been learnt since, and how fast? `fast` is for minutes, `strong` for most of an hour. What we found: results/README.md
 
 The recipe follows airbench (K. Jordan, https://github.com/KellerJordan/cifar10-airbench): Muon for the convolutions and
 SGD for the rest, their learning rates linear to zero over all steps, label smoothing, flips and small shifts. Its numbers
@@ -44,12 +43,13 @@ import torch
 from torch import nn
 
 from augment import Cutout, HorizontalFlip, RandomCrop
-from machine import UserError, on_first, session, write_atomic
+from machine import UserError, file_lock, on_first, session, write_atomic
 from report import (
     Figure,
     Results,
     Table,
     command,
+    is_sample,
     mean_and_deviation,
     new_axes,
     paired_difference,
@@ -121,7 +121,7 @@ def hold_out(model: nn.Module, data: dict[str, Split], settings: Settings) -> di
 
 def tuning_run(recipe: str, changes: dict) -> Run:
     """A recipe with these changes, and named by them, on other images."""
-    name = ",".join([recipe, *(f"{name}={value!r}".replace(" ", "") for name, value in changes.items())])
+    name = ",".join([f"tune_{recipe}", *(f"{name}={value!r}".replace(" ", "") for name, value in changes.items())])
     return Run(name, replace(RECIPES[recipe], data="cifar10-tuning", **changes), prepare=hold_out)
 
 
@@ -138,15 +138,19 @@ def tune(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) ->
 
 
 def note_tuning(folder: Path, run: Run, found: dict) -> None:
-    tried = load_tuning(folder)
-    tried.setdefault(run.name, {})[str(run.settings.seed)] = found
-    write_atomic(folder / "tuning.json", (json.dumps(tried, indent=1) + "\n").encode())
+    with file_lock(folder / ".tuning.lock"):
+        tried = load_tuning(folder)
+        tried.setdefault(run.name, {})[str(run.settings.seed)] = found
+        write_atomic(folder / "tuning.json", (json.dumps(tried, indent=1) + "\n").encode())
 
 
 def load_tuning(folder: Path) -> dict[str, dict[str, dict]]:
-    """What every setting came to that was ever tried: by its name, by seed."""
+    """What every setting came to that was ever tried: by its name, by seed. Raises UserError where it is damaged."""
     path = folder / "tuning.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or delete it and run --tune again") from error
 
 
 # ------------------------------------------------------------------------------------------------- figures and tables
@@ -162,7 +166,7 @@ def figures(results: Results) -> dict[str, Figure]:
     figure, axes = new_axes(title(first, f"accuracy over time, on {machine}"), "accuracy (%)")
     for run in [run for run in timed if results[run][0]["environment"]["device"] == machine]:
         plot_over_minutes(axes, run, results[run])
-    if first["settings"]["data"] == "cifar10":
+    if not is_sample(first):
         best = reported("q3", "crop_flip")["test"]
         label = f"report's best, 30 epochs: {best} % of 1,000 test images"
         axes.axhline(best, color="gray", linestyle="--", label=label)
@@ -197,9 +201,8 @@ def tables(results: Results) -> list[Table]:
 
 def left_out_row(run: str, results: Results) -> list[str]:
     found, what = results.get(run, []), LEFT_OUT[run][0]
-    sample = results["fast"][0]["settings"]["data"] != "cifar10"
     if not found:
-        return [run, what, "-", "-", command("q5", run, sample=sample)]
+        return [run, what, "-", "-", command("q5", run, sample=is_sample(results["fast"][0]))]
     worth = paired_difference(results, "fast", run)
     return [run, what, with_interval(found), worth.in_words() if worth else "-", command("q5", run, found)]
 

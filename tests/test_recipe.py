@@ -33,21 +33,21 @@ def test_tuning_writes_what_every_setting_came_to(small, tmp_path, monkeypatch, 
     monkeypatch.setattr(common, "load_cifar10", load)
     monkeypatch.setattr(q5_modern_recipe, "HELD_OUT", 50)
     folders = ["--output-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path / "checkpoints")]
-    q5_modern_recipe.main(["--tune", "--only", "fast", *folders])
-    q5_modern_recipe.main(["--tune", "--only", "fast,filter_learning_rate=0.06", "--seeds", "2", *folders])
+    q5_modern_recipe.main(["--tune", "--only", "tune_fast", *folders])
+    q5_modern_recipe.main(["--tune", "--only", "tune_fast,filter_learning_rate=0.06", "--seeds", "2", *folders])
     tried = json.loads((tmp_path / "q5/tuning.json").read_text())
     assert {name: list(by_seed) for name, by_seed in tried.items()} == {
-        "fast": ["0"],
-        "fast,filter_learning_rate=0.06": ["0", "1"],
+        "tune_fast": ["0"],
+        "tune_fast,filter_learning_rate=0.06": ["0", "1"],
     }
     paths = set(tmp_path.glob("checkpoints/*.pt"))
     assert len(paths) == 3 and tmp_path / f"checkpoints/{FAST.key()}.pt" not in paths
     assert not list(tmp_path.glob("q5/*/"))  # no results
     page = (tmp_path / "README.md").read_text()
-    assert "2 settings tried" in page and f"| {tried['fast']['0']['accuracy']:.2f} [" in page
+    assert "2 settings tried" in page and f"| {tried['tune_fast']['0']['accuracy']:.2f} [" in page
     capsys.readouterr()
-    q5_modern_recipe.main(["--tune", "--list", "--only", "fast", *folders])
-    assert "fast  seed 0    2 epochs  trained" in capsys.readouterr().out
+    q5_modern_recipe.main(["--tune", "--list", "--only", "tune_fast", *folders])
+    assert "tune_fast  seed 0    2 epochs  trained" in capsys.readouterr().out
 
 
 def test_tuning_needs_all_images(tmp_path, capsys):

@@ -84,8 +84,10 @@ def draw(accuracy: float, seeds: int, seed: int, images: int = 10_000) -> np.nda
 
 
 def test_student_quantiles_against_the_tables():
-    for df, exact in ((3, 3.1824), (6, 2.4469), (10, 2.2281), (30, 2.0423), (1e9, 1.95996)):
+    for df, exact in ((3, 3.1824), (6, 2.4469), (10, 2.2281), (30, 2.0423), (math.inf, 1.95996)):
         assert t_quantile(df) == pytest.approx(exact, rel=0.01)
+    for df, exact in ((6, 3.7074), (10, 3.1693), (30, 2.7500), (math.inf, 2.57583)):
+        assert t_quantile(df, 0.01) == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,16 @@ def test_a_verdict_says_whether_the_interval_lies_in_the_zone(interval, zone, ex
     assert verdict(interval, zone) == expected
 
 
+def test_one_of_many_comparisons_is_reversed_by_chance_no_more_often_than_one_alone():
+    """Brute force: 10 comparisons without a difference; the claim that all are above zero is false, not reversed."""
+    rng, reversed_ones, trials = np.random.default_rng(1), 0, 2000
+    for values in rng.normal(0, 0.5, (trials, 10)):
+        verdicts = [make_difference([value], 0.25, None, []).verdict(comparisons=10) for value in values]
+        reversed_ones += "does not hold" in verdicts
+    assert 0.01 < reversed_ones / trials < 0.035  # one side of 5 %
+    assert make_difference([1.0], 0.25, None, []).verdict(comparisons=10) == "holds"  # by its own 95 %
+
+
 def test_the_spread_of_seeds_is_pooled_over_settings():
     groups = [[{"x": 80.0}, {"x": 82.0}], [{"x": 10.0}, {"x": 10.0}, {"x": 13.0}]]
     found = pooled_spread(groups, lambda r: r["x"])
@@ -118,7 +130,7 @@ def test_paired_interval_without_repeated_settings_is_that_of_the_images():
     difference = a[0].astype(int) - b[0]
     error = 196 * difference.std() / math.sqrt(difference.size)
     assert found.value == pytest.approx(100 * difference.mean(), abs=1e-6) and not found.training
-    assert found.interval == pytest.approx((found.value - error, found.value + error), abs=0.001)
+    assert found.interval() == pytest.approx((found.value - error, found.value + error), abs=0.001)
     assert "without the noise of training" in found.in_words()
 
 
@@ -130,7 +142,7 @@ def test_an_interval_with_the_noise_of_training_covers_as_often_as_it_says():
         spread = pooled_spread(others, lambda r: r["x"])
         images = rng.normal(0, 0.3)  # shared by all seeds
         values = (1 + images + rng.normal(0, 0.8, 3) - rng.normal(0, 0.8, 3)).tolist()
-        low, high = make_difference(values, 0.3**2, spread, []).interval
+        low, high = make_difference(values, 0.3**2, spread, []).interval()
         covered += low < 1 < high
     assert 0.94 < covered / trials < 0.965
 
@@ -143,7 +155,7 @@ def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
     one.repeated = repeated
     widened = paired_difference(one, "a", "b")
     two = paired_difference(Results({"a": as_results(a), "b": as_results(b)}, repeated), "a", "b")
-    widths = [d.interval[1] - d.interval[0] for d in (two, widened, alone)]
+    widths = [d.interval()[1] - d.interval()[0] for d in (two, widened, alone)]
     assert widths[0] < widths[1] > widths[2] and widened.training and two.seeds == 2
     assert "2 seeds" in two.in_words() and "without the noise" not in two.in_words()
 
@@ -160,7 +172,7 @@ def test_pairing_makes_the_interval_narrower():
     a = draw(0.80, 1, 5)
     b = a.copy()
     b[0, np.flatnonzero(a[0])[:100]] = False  # worse on 100 images, equal on all others
-    low, high = paired_difference(Results({"a": as_results(a), "b": as_results(b)}), "a", "b").interval
+    low, high = paired_difference(Results({"a": as_results(a), "b": as_results(b)}), "a", "b").interval()
     assert 0.7 < low < 1.0 < high < 1.3
 
 
@@ -172,7 +184,7 @@ def test_best_and_last_weights_of_one_training_differ_by_no_noise_of_training():
     results = Results({"a": [run]}, [as_results(draw(0.8, 4, 9))])
     found = paired_difference(results, "a", "a", weights=("best", "last"))
     assert found.value == pytest.approx(1.0) and found.verdict() == "holds" and found.training
-    assert 0.7 < found.interval[0]  # of the images alone
+    assert 0.7 < found.interval()[0]  # of the images alone
     assert paired_difference(results, "a", "a", weights=("last", "best")).value == pytest.approx(-1.0)
 
 
@@ -205,6 +217,11 @@ def test_a_claim_of_several_parts():
     assert judged(("a", "b"), ("c", "b")) == "does not hold"
     assert judged(("a", "b"), ("b", "missing")) == "not run"
     assert judged(("c", "b"), ("b", "missing")) == "does not hold"
+    found = Claim("1", "text", (beats("a", "b"), beats("b", "missing"))).judge(results)
+    assert report.in_short(found) == "**not run** (1 of 2 parts holds, one training each)"
+    first, missing = report.evidence(found)
+    assert first.startswith("holds: a − b, test: +") and missing == "1 of 2 parts not run"
+    assert report.in_short(Claim("1", "text", (beats("b", "missing"),) * 2).judge(results)) == "**not run**"
 
 
 def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
@@ -219,9 +236,11 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
     assert compare(82.0, 86.0).verdict() == "does not hold"
     assert compare(82.1, 82.0).verdict() == "within noise"
     close = compare(84.5, 82.0)  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
-    assert close.interval[1] - close.value == pytest.approx(3.27, abs=0.01)
+    assert close.interval()[1] - close.value == pytest.approx(3.27, abs=0.01)
+    one = Results({"a": as_results(draw(0.8, 1, 0), 82.0)})
+    assert validation_difference(one, "a", "a").interval() == (0.0, 0.0)  # the same weights
     sample = compare(60.0, 51.0, "cifar10-sample")  # 200 images
-    assert sample.interval[1] - sample.value == pytest.approx(9.7, abs=0.05)
+    assert sample.interval()[1] - sample.value == pytest.approx(9.7, abs=0.05)
     assert validation_difference(Results({}), "a", "b") is None
 
 
@@ -399,7 +418,7 @@ def test_the_table_of_stopping_rules():
     assert stopped[8] == "python q2_batchnorm_earlystop.py --only convnet_patience2 --patience 2"
     assert never[:3] == ["convnet_patience10", "6 (did not stop)", "6"]
     assert unstopped[:3] == ["convnet_full", "6", "6"]
-    assert unstopped[6:8] == ["0, 00:00", "+0.00 [+0.00, +0.00]"]
+    assert unstopped[6:8] == ["-", "-"]  # it is what the others are compared with
     assert alone[0] == "batchnorm_patience2" and alone[6:8] == ["-", "-"]  # nothing to compare with
     results |= named("convnet_full", validated([71.0, *full[1:]], 6))  # another training
     assert q2_batchnorm_earlystop.tables(results)[0][1][6:8] == ["-", "-"]
@@ -581,6 +600,19 @@ def test_replot_rebuilds_everything_and_changes_nothing(finished, tmp_path, caps
     assert "convnet_3epochs" in capsys.readouterr().out
 
 
+def test_a_new_result_leaves_no_older_figures_beside_it(tmp_path):
+    """Else an interrupt before they are drawn would leave curves that lack a seed."""
+    result = validated([70.0], 1) | {"question": "q1"}
+    state = {"filters": {0: torch.zeros(1), 1: torch.ones(1)}, "step_losses": [torch.ones(2)]}
+    figure, preview = tmp_path / "losses.png", tmp_path / "preview.png"
+    for path in (figure, preview):
+        path.write_bytes(b"older")
+    assert common.write_result(tmp_path, result, state)
+    assert not figure.exists() and preview.exists()
+    figure.write_bytes(b"drawn since")
+    assert not common.write_result(tmp_path, result, state) and figure.exists()
+
+
 def test_figures_and_gallery_do_not_wait_for_the_last_run(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "load_sample", lambda: small)
     seen, real_train = [], common.train
@@ -613,6 +645,18 @@ def test_the_committed_page_is_what_the_results_give(tmp_path, capsys):
         summary = f"{question.__name__[:2]}/summary.json"
         assert (tmp_path / "results" / summary).read_text() == (committed / summary).read_text()
     assert (tmp_path / "results/README.md").read_text() == (committed / "README.md").read_text()
+
+
+def test_the_page_says_where_a_question_rests_on_results_that_have_changed(finished, tmp_path, capsys):
+    here = ["--output-dir", str(tmp_path)]
+    q2_batchnorm_earlystop.main(["--replot", *here])
+    assert "changed since" not in (tmp_path / "README.md").read_text()
+    shutil.copytree(finished[0] / "out/sample/q1/convnet_3epochs", tmp_path / "q1/convnet")
+    q1_convnet.main(["--replot", *here])
+    text = (tmp_path / "README.md").read_text()
+    assert "**q1/convnet changed since" in text and "`python q2_batchnorm_earlystop.py --replot`" in text
+    q2_batchnorm_earlystop.main(["--replot", *here])
+    assert "changed since" not in (tmp_path / "README.md").read_text()
 
 
 def test_every_link_of_the_committed_page_leads_somewhere():
