@@ -699,7 +699,7 @@ def distances(figure: dict, found: list[dict]) -> str:
         if (apart := distance(figure, found, name)) is not None:
             losses.append(f"{short} {apart:.3f}")
     if losses:
-        error = f"read within {figure['loss_error']:.3f}" if figure["loss_error"] else "read exactly"
+        error = f"read within {figure['loss_error']:.1g}" if figure["loss_error"] else "read exactly"
         parts.append(f"loss {', '.join(losses)} ({error})")
     printed, last = figure.get("printed", {}), [r["history"][-1] for r in found]
     ours = {
