@@ -366,6 +366,11 @@ def reported(question: str, run: str) -> dict:
     return the_report()["numbers"].get(question, {}).get(run, {})
 
 
+def of_the_report(result: dict) -> bool:
+    """Does it belong to one of the report's questions?"""
+    return result["question"] in the_report()["numbers"]
+
+
 def report_figures(question: str, run: str | None = None) -> list[dict]:
     """The report's figures that belong to a question, or to one run of it, in order."""
     figures = [f for f in the_report()["figures"] if f["question"] == question]
@@ -517,7 +522,7 @@ def plot_losses(found: Sequence[dict]) -> Figure:
     figure, axes = new_axes(title(first, "loss", run=True), "cross entropy")
     plot_curve(axes, found, "train_loss", "training", color="tab:blue")
     plot_curve(axes, found, "validation_loss", "validation", color="tab:orange")
-    if "augmented_validation_loss" in first["history"][0]:
+    if of_the_report(first) and "augmented_validation_loss" in first["history"][0]:
         style = {"color": "tab:orange", "linestyle": ":"}
         plot_curve(axes, found, "augmented_validation_loss", "validation, augmented as in the report", **style)
     plot_reports_curves(axes, first, {"train_loss": "-", "validation_loss": "--"})
@@ -531,7 +536,7 @@ def plot_accuracy(found: Sequence[dict]) -> Figure:
     first = found[0]
     figure, axes = new_axes(title(first, "validation accuracy", run=True), "accuracy (%)")
     plot_curve(axes, found, "validation_accuracy", "validation", color="tab:orange")
-    if "augmented_validation_accuracy" in first["history"][0]:
+    if of_the_report(first) and "augmented_validation_accuracy" in first["history"][0]:
         style = {"color": "tab:orange", "linestyle": ":"}
         plot_curve(axes, found, "augmented_validation_accuracy", "validation, augmented as in the report", **style)
     for result in found:
@@ -658,10 +663,9 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
-    of_the_report = found[0]["question"] in the_report()["numbers"]
-    best = [
-        max(as_the_report_validates(r, "validation_accuracy")) if of_the_report else best_validation(r) for r in found
-    ]
+    best = [best_validation(r) for r in found]
+    if of_the_report(found[0]):
+        best = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
     last = [test_accuracy(r, "last", "report_images") for r in found]
     return [
         run,
