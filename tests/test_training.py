@@ -14,6 +14,7 @@ import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
+import q5_modern_recipe
 from augment import HorizontalFlip, RandomCrop
 from common import (
     ROOT,
@@ -255,7 +256,8 @@ def test_the_keys_of_trained_trajectories_never_change():
         "vgg11_bn_features_tinyimagenet.pth sha256:69a37b9ff57d64bd078533d62d0737af89f8fea165386682cbca99c4dd5ba730"
     )
     vgg = q4_vgg_transfer.transfer_runs("unused", "stand_in", weights)
-    runs = [*q1_convnet.RUNS, *q2_batchnorm_earlystop.RUNS, *q3_augment_dropout.RUNS, *q4_vgg_transfer.RUNS, *vgg]
+    questions = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
+    runs = [*(run for question in questions for run in question.RUNS), *vgg]
     keys = {run.name: dataclasses.replace(run.settings, precision="bf16").key() for run in runs}
     trajectories = {}
     for name, key in keys.items():
