@@ -13,11 +13,11 @@ The recipe follows airbench (K. Jordan, https://github.com/KellerJordan/cifar10-
 SGD for the rest, their learning rates linear to zero over all steps, label smoothing, flips and small shifts. Its numbers
 were a prototype's, which had been measured on the test images. --tune looks for better ones without them: trained on the
 first 45,000 training images, measured on the last 5,000. Of the changes to `fast` in the last table here none was better,
-so it stays as it was; those to `strong` have not been tried yet. A linear schedule ends
-with the last epoch, so with another number of --epochs the training starts anew.
+so it stays as it was; those to `strong` have not been tried yet. A linear schedule ends with the last epoch, so with
+another number of --epochs the training starts anew.
 
 In two epochs a learning rate that ends at zero and Muon are worth most, each more than ten points, then batch norm.
-Label smoothing, crop and flip show no effect that three seeds can tell: so short a training does not overfit.
+Label smoothing, crop and flip show no effect that three seeds can tell: so short a training has hardly begun to overfit.
 """
 
 import argparse
