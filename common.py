@@ -1027,23 +1027,26 @@ def train_all(
         yield run, parameters, train(run, model, data, device, path), data
 
 
-def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> None:
+def list_runs(
+    question: str, runs: Sequence[Run], args: argparse.Namespace, has_result: Callable[[Run], bool] | None = None
+) -> None:
     """--list: every run's state, and an estimate of the time left from the epochs trained so far.
 
     An epoch is taken to last what those of the same network did in any checkpoint there is. Runs that share a
-    trajectory share what is left.
+    trajectory share what is left. A run has a result where its file is there, unless `has_result` says otherwise.
     """
-    on_first(lambda: print_runs(every_seed(runs, args.seeds), args.checkpoint_dir, question_folder(question, args)))
+    folder = question_folder(question, args)
+    has_result = has_result or (lambda run: (folder / run.name / f"seed{run.settings.seed}.json").exists())
+    on_first(lambda: print_runs(every_seed(runs, args.seeds), args.checkpoint_dir, has_result))
 
 
-def print_runs(runs: Sequence[Run], checkpoint_dir: Path, here: Path) -> None:
+def print_runs(runs: Sequence[Run], checkpoint_dir: Path, has_result: Callable[[Run], bool]) -> None:
     checkpoints = {path.stem: glance(path) for path in sorted(checkpoint_dir.glob("*.pt"))}
     seconds = epoch_seconds(checkpoints.values())
     width, left_of = max(len(run.name) for run in runs), {}
     for run in runs:
         settings, key = run.settings, run.settings.key()
-        result = here / run.name / f"seed{settings.seed}.json"
-        state, left = run_state(settings, checkpoints.get(key, ({}, [])), result.exists())
+        state, left = run_state(settings, checkpoints.get(key, ({}, [])), has_result(run))
         line = f"{run.name:<{width}}  seed {settings.seed}  {settings.epochs:>3} epochs  {state:<28}"
         if left:
             per_epoch = seconds.get(kind(settings.trajectory()))

@@ -150,6 +150,10 @@ def note_tuning(folder: Path, run: Run, found: dict) -> None:
         write_atomic(folder / "tuning.json", (json.dumps(tried, indent=1) + "\n").encode())
 
 
+def is_noted(folder: Path, run: Run) -> bool:
+    return str(run.settings.seed) in load_tuning(folder).get(run.name, {})
+
+
 def load_tuning(folder: Path) -> dict[str, dict[str, dict]]:
     """What every setting came to that was ever tried: by its name, by seed. Raises UserError where it is damaged."""
     path = folder / "tuning.json"
@@ -235,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("--tune needs all training images: run it without --sample")
         runs = select_runs(TUNING if args.tune else RUNS, args, device)
         if args.list:
-            return list_runs("q5", runs, args)
+            return list_runs("q5", runs, args, partial(is_noted, question_folder("q5", args)) if args.tune else None)
         if args.tune and not args.replot:
             tune(runs, args, device)
         write = partial(write_report, "q5", __doc__, RUNS, args, (), figures, tables, beside={"batchnorm": "q2"})

@@ -47,7 +47,10 @@ def test_tuning_writes_what_every_setting_came_to(small, tmp_path, monkeypatch, 
     assert "2 settings tried" in page and f"| {tried['tune_fast']['0']['accuracy']:.2f} [" in page
     capsys.readouterr()
     q5_modern_recipe.main(["--tune", "--list", "--only", "tune_fast", *folders])
-    assert "tune_fast  seed 0    2 epochs  trained" in capsys.readouterr().out
+    assert "tune_fast  seed 0    2 epochs  done" in capsys.readouterr().out
+    (tmp_path / "q5/tuning.json").unlink()
+    q5_modern_recipe.main(["--tune", "--list", "--only", "tune_fast", *folders])
+    assert "tune_fast  seed 0    2 epochs  trained, no result yet" in capsys.readouterr().out
 
 
 def test_tuning_needs_all_images(tmp_path, capsys):
