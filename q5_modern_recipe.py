@@ -113,6 +113,7 @@ TRIED = [  # a recipe, and what is changed in it
     ("strong", {"epochs": 8}),
     ("strong", {"epochs": 8, "label_smoothing": 0.2}),
     ("strong", {"epochs": 8, "augment": FAST.augment}),
+    ("strong", {"epochs": 8, "augment": (RandomCrop(padding=4), HorizontalFlip())}),
 ]
 
 
