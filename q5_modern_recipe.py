@@ -79,7 +79,8 @@ FAST = Settings(
     label_smoothing=0.2,
     epochs=2,
 )
-STRONG = replace(FAST, augment=(RandomCrop(padding=4), HorizontalFlip(), Cutout(8)), label_smoothing=0.1, epochs=24)
+HEAVY = replace(FAST, augment=(RandomCrop(padding=4), HorizontalFlip(), Cutout(8)), label_smoothing=0.1, epochs=24)
+STRONG = replace(HEAVY, augment=(RandomCrop(padding=4), HorizontalFlip()))
 ADAM = {"optimizer": "adam", "learning_rate": 2e-3, "filter_learning_rate": None, "weight_decay": 1e-3}
 LEFT_OUT = {  # run: what fast is without, and what stands in its place
     "fast_adam": ("Muon and SGD (the exercise's Adam)", replace(FAST, **ADAM)),
@@ -88,9 +89,9 @@ LEFT_OUT = {  # run: what fast is without, and what stands in its place
     "fast_no_augment": ("crop and flip", replace(FAST, augment=())),
     "fast_exponential": ("the linear schedule (the exercise's, 0.95 an epoch)", replace(FAST, schedule="exponential")),
 }
-RECIPES = {"fast": FAST, "strong": STRONG}
 RUNS = [
-    *(Run(name, settings) for name, settings in RECIPES.items()),
+    Run("fast", FAST),
+    Run("strong", STRONG),
     *(Run(name, settings) for name, (_, settings) in LEFT_OUT.items()),
 ]
 
@@ -99,7 +100,8 @@ RUNS = [
 
 HELD_OUT = 5000  # the last training images
 ADAM_BELOW = {**ADAM, "learning_rate": 1e-3}
-TRIED = [  # a recipe, and what is changed in it
+TUNED = {"fast": FAST, "heavy": HEAVY}  # what the changes are made to: the prototype's
+TRIED = [  # which of them, and the changes
     ("fast", {}),
     ("fast", {"filter_learning_rate": 0.06}),
     ("fast", {"filter_learning_rate": 0.24}),
@@ -110,10 +112,10 @@ TRIED = [  # a recipe, and what is changed in it
     ("fast", {"augment": (RandomCrop(padding=4), HorizontalFlip())}),
     ("fast", ADAM_BELOW),
     ("fast", ADAM),
-    ("strong", {"epochs": 8}),
-    ("strong", {"epochs": 8, "label_smoothing": 0.2}),
-    ("strong", {"epochs": 8, "augment": FAST.augment}),
-    ("strong", {"epochs": 8, "augment": (RandomCrop(padding=4), HorizontalFlip())}),
+    ("heavy", {"epochs": 8}),
+    ("heavy", {"epochs": 8, "label_smoothing": 0.2}),
+    ("heavy", {"epochs": 8, "augment": FAST.augment}),
+    ("heavy", {"epochs": 8, "augment": (RandomCrop(padding=4), HorizontalFlip())}),
 ]
 
 
@@ -129,7 +131,7 @@ def hold_out(model: nn.Module, data: dict[str, Split], settings: Settings) -> di
 def tuning_run(recipe: str, changes: dict) -> Run:
     """A recipe with these changes, and named by them, on other images."""
     name = ",".join([f"tune_{recipe}", *(f"{name}={value!r}".replace(" ", "") for name, value in changes.items())])
-    return Run(name, replace(RECIPES[recipe], data="cifar10-tuning", **changes), prepare=hold_out)
+    return Run(name, replace(TUNED[recipe], data="cifar10-tuning", **changes), prepare=hold_out)
 
 
 TUNING = [tuning_run(recipe, changes) for recipe, changes in TRIED]
