@@ -26,6 +26,7 @@ loss is half of validation loss.
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -210,7 +211,7 @@ def tables(results: Results) -> list[Table]:
         head = ["run", "fast without", "best weights, test [95 %]", "fast − this, test", "command"]
         drawn.append([head, *(left_out_row(run, results) for run in LEFT_OUT)])
     if results.folder and (tried := load_tuning(results.folder)):
-        head = [f"{len(tried)} settings tried", "epochs", "accuracy on held-out training images", "time"]
+        head = [f"{len(tried)} settings tried", "epochs", "accuracy on held-out training images", "time", "command"]
         drawn.append([head, *(tuning_row(name, list(by_seed.values())) for name, by_seed in tried.items())])
     return drawn
 
@@ -230,7 +231,10 @@ def tuning_row(name: str, found: list[dict]) -> list[str]:
     if len(found) == 1:
         text += " [{:.1f}, {:.1f}]".format(*wilson_interval(round(accuracies[0] * HELD_OUT / 100), HELD_OUT))
     seconds = sum(f["seconds"] for f in found)
-    return [name, str(found[0]["epochs"]), text, duration(seconds)]
+    again = f"python q5_modern_recipe.py --tune --only {shlex.quote(name)}"
+    if len(found) > 1:
+        again += f" --seeds {len(found)}"
+    return [name, str(found[0]["epochs"]), text, duration(seconds), again]
 
 
 # -------------------------------------------------------------------------------------------------------------- main

@@ -45,6 +45,7 @@ def test_tuning_writes_what_every_setting_came_to(small, tmp_path, monkeypatch, 
     assert not list(tmp_path.glob("q5/*/"))  # no results
     page = (tmp_path / "README.md").read_text()
     assert "2 settings tried" in page and f"| {tried['tune_fast']['0']['accuracy']:.2f} [" in page
+    assert "| `python q5_modern_recipe.py --tune --only tune_fast,filter_learning_rate=0.06 --seeds 2` |" in page
     capsys.readouterr()
     q5_modern_recipe.main(["--tune", "--list", "--only", "tune_fast", *folders])
     assert "tune_fast  seed 0    2 epochs  done" in capsys.readouterr().out
