@@ -845,15 +845,15 @@ RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run: re
 
 
 def write_result(run_folder: Path, result: dict, state: dict) -> bool:
-    """seed<N>.json, and seed<N>.npz: the first layer's filters before training, at the best and at the last epoch, and
-    the training loss of every step, [epochs, steps].
+    """seed<N>.json, and seed<N>.npz: the first layer's filters before training and at the last epoch, and the training
+    loss of every step, [epochs, steps].
 
     Returns whether the result is new; then figures of older ones are deleted, lest an interrupt leave them beside it.
     """
     text = json.dumps(result, indent=2)
     innermost = r"[\[{][^\[\]{}]*[\]}]"  # on one line each
     text = re.sub(innermost, lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
-    epochs = {"before": 0, "best": result["best_epoch"], "last": len(result["history"])}
+    epochs = {"before": 0, "last": len(result["history"])}
     arrays = {name: state["filters"][epoch].numpy() for name, epoch in epochs.items()}
     arrays["step_losses"] = torch.stack(state["step_losses"][: epochs["last"]]).numpy()
     path, content = run_folder / f"seed{result['seed']}.json", (text + "\n").encode()

@@ -53,14 +53,17 @@ from report import (
     NOT_RUN,
     Check,
     Claim,
+    Difference,
     Figure,
     Finding,
     Results,
     Table,
     as_the_report_validates,
+    augmented_validation,
     beats,
     best_validation,
     command,
+    figures_of,
     is_sample,
     make_difference,
     mean_and_deviation,
@@ -70,14 +73,14 @@ from report import (
     new_panels,
     paired_difference,
     plot_curve,
-    pooled_spread,
-    report_figures,
+    plot_reports_curves,
     reported,
     save_figure,
     shades,
     style_axes,
     test_interval,
     title,
+    training_variance,
     write_report,
 )
 
@@ -167,12 +170,12 @@ def narrowest_gap(run: str, others: Sequence[str]) -> Check:
         }
         means = {name: statistics.mean(by_seed.values()) for name, by_seed in gaps.items()}
         rival = min(others, key=means.get)
-        leads = [gaps[rival][seed] - gaps[run][seed] for seed in ours]
+        leads = np.array([gaps[rival][seed] - gaps[run][seed] for seed in ours])
         data = next(iter(ours.values()))["settings"]["data"]
         image_variance = 2 * LOSS_ERROR**2 * 1000 / VALIDATION_IMAGES[data]
-        spread = pooled_spread(results.repeated_with(run, rival), loss_gap)
+        training = training_variance(leads, [np.array([*map(loss_gap, found)]) for found in results.repeated])
         compared = [*ours.values(), *theirs[others.index(rival)].values()]
-        found = make_difference(leads, image_variance, spread, compared)
+        found = make_difference(leads, image_variance, training, compared)
         ranking = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=means.get))
         measured = f"loss gap: {ranking}; {rival} − {run}: {found.in_words('in loss')}"
         chosen_from = comparisons - 1 + len(others)
@@ -263,7 +266,7 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def plot_augmentations(results: Results) -> Figure:
-    """Small multiples: losses of every augmentation there is, on common axes."""
+    """Small multiples: losses of every augmentation there is, on common axes, beside the report's."""
     runs = [run for run in ("baseline", *AUGMENTATIONS) if run in results]
     columns = min(4, len(runs))
     rows = -(-len(runs) // columns)
@@ -272,13 +275,16 @@ def plot_augmentations(results: Results) -> Figure:
         style_axes(axes, "cross entropy")
         plot_curve(axes, results[run], "train_loss", "training", color="tab:blue")
         plot_curve(axes, results[run], "validation_loss", "validation", color="tab:orange")
+        plot_reports_curves(axes, results[run][0], {"train_loss": "-", "validation_loss": "--"})
         axes.set_title(f"{run}: test {mean_test_accuracy(results[run]):.1f} %", fontsize=10)
         axes.tick_params(labelbottom=True)
     grid[0].set_ylim(bottom=0)  # of all: the axes are common
     grid[0].legend()
     for axes in grid[len(runs) :]:
         axes.axis("off")
-    figure.suptitle(title(results[runs[0]][0], "augmentations"))
+    first = results[runs[0]][0]
+    theirs = "" if is_sample(first) else "; grey: the report, which validates on augmented images"
+    figure.suptitle(title(first, f"augmentations{theirs}"))
     figure.tight_layout()
     return figure
 
@@ -301,7 +307,7 @@ def plot_bars(results: Results, rates: dict[float, str]) -> Figure:
     ours = {p: statistics.mean(map(best_validation, results[run])) for p, run in rates.items() if p}
     axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
     if not is_sample(first):
-        theirs = {float(p): value for f in report_figures("q3") for p, value in f.get("bars", {}).items()}
+        theirs = {float(p): value for f in figures_of("dropout") for p, value in f["bars"].items()}
         axes.bar(
             [p + 0.018 for p in theirs], list(theirs.values()), width=0.035, color="0.6", label="report, Figure 30"
         )
@@ -378,7 +384,10 @@ def tables(results: Results) -> list[Table]:
         return []
     head = ["run", "training loss", "validation loss", "gap", "best validation, as it is / augmented"]
     names = dict.fromkeys([*(run.name for run in RUNS), *results])
-    return [[[*head, "run − baseline, test [95 %]", "command"], *(gap_row(name, results) for name in names)]]
+    rows = [gap_row(name, results) for name in names]
+    compared = [difference for run in results if run not in BASELINES and (difference := to_baseline(run, results))]
+    noise = "95 %" if all(difference.training for difference in compared) else "95 % without the noise of training"
+    return [[[*head, f"run − baseline, test [{noise}]", "command"], *rows]]
 
 
 def gap_row(run: str, results: Results) -> list[str]:
@@ -390,23 +399,23 @@ def gap_row(run: str, results: Results) -> list[str]:
     if "augmented_validation_accuracy" in last[0]:
         augmented = [max(as_the_report_validates(r, "validation_accuracy")) for r in found]
         validation += f" / {mean_and_deviation(augmented)}"
-    difference = "-" if run in BASELINES else to_baseline(run, results)
+    difference = None if run in BASELINES else to_baseline(run, results)
     return [
         run,
         *losses,
         f"{mean_gap(found):+.3f}",
         validation,
-        difference,
+        str(difference or "-"),
         command("q3", run, found, declared=run in [r.name for r in RUNS]),
     ]
 
 
-def to_baseline(run: str, results: Results) -> str:
-    """Paired difference to the baseline that has as many epochs in the same precision; "-" where there is none."""
+def to_baseline(run: str, results: Results) -> Difference | None:
+    """Paired difference to the baseline that has as many epochs in the same precision; None where there is none."""
     for baseline in BASELINES:
         if baseline in results and budget(results[baseline][0]) == budget(results[run][0]):
-            return str(paired_difference(results, run, baseline) or "-")
-    return "-"
+            return paired_difference(results, run, baseline)
+    return None
 
 
 def budget(result: dict) -> tuple[int, str]:
@@ -417,15 +426,8 @@ def budget(result: dict) -> tuple[int, str]:
 def practices(results: Results) -> list[list[str]]:
     """Validation on augmented images, and dropout before the pooling: what they are worth."""
     rows = []
-    if augmented := {run: results[run] for run in AUGMENTATIONS if run in results}:
-        lower = {
-            run: statistics.mean(
-                max(as_the_report_validates(r, "validation_accuracy")) - best_validation(r) for r in found
-            )
-            for run, found in augmented.items()
-        }
-        worth = ", ".join(f"{run} {value:+.1f}" for run, value in lower.items())
-        rows.append(["validates on augmented images (3.1)", f"best validation accuracy, augmented − as it is: {worth}"])
+    if lower := augmented_validation({run: results[run] for run in AUGMENTATIONS if run in results}):
+        rows.append(["validates on augmented images (question 3.1)", lower])
     for p in AFTER_POOL_RATES:
         before, after = dropout_run(p).name, after_pool_run(p).name
         if (found := paired_difference(results, after, before)) is not None:

@@ -37,23 +37,21 @@ from augment import HorizontalFlip
 from machine import UserError, expand, fast_convolutions, on_all, rank, session
 from report import (
     GREYS,
-    NOT_RUN,
     Check,
     Claim,
     Figure,
-    Finding,
     Results,
     Table,
+    augmented_validation,
     beats,
     command,
-    evidence,
+    figures_of,
     is_sample,
     load_arrays,
     new_axes,
     new_grid,
     paired_difference,
     plot_curve,
-    report_figures,
     style_axes,
     title,
     write_report,
@@ -261,13 +259,11 @@ def transfer_checks(label: str) -> tuple[Check, ...]:
     return beats("convnet", frozen), beats(finetune, "scratch"), beats(finetune, "convnet")
 
 
-def stand_ins(results: Results, comparisons: int = 1) -> Finding:
-    """Claim 10 judged with every other set of weights there is (named by file and hash); not the report's setting."""
+def stand_ins(results: Results) -> tuple[Check, ...]:
+    """Claim 10's comparisons with every other set of weights there is (named by file and hash)."""
     names = [re.fullmatch(r"(?:frozen_train_mode|frozen|finetune)_(.+_[0-9a-f]{8})", run) for run in results]
     labels = sorted({name[1] for name in names if name})
-    found = Claim("10", "", tuple(check for label in labels for check in transfer_checks(label))).judge(results)
-    one_training = any(part["one_training"] for part in found["parts"])
-    return Finding(found["verdict"], "; ".join(evidence(found)), one_training) if labels else NOT_RUN
+    return tuple(check for label in labels for check in transfer_checks(label))
 
 
 CLAIMS = [
@@ -277,7 +273,7 @@ CLAIMS = [
         "above training the same network from scratch (87.3).",
         transfer_checks("imagenet"),
     ),
-    Claim("10 (other weights)", "The same with other weights than ImageNet's: not the report's setting.", (stand_ins,)),
+    Claim("10 (other weights)", "The same with other weights than ImageNet's: not the report's setting.", stand_ins),
 ]
 
 
@@ -307,7 +303,7 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
         axes.plot(range(1, losses.size + 1), losses.ravel(), linewidth=0.4, label="every step")
         means = (np.arange(len(losses)) + 0.5) * steps
         axes.plot(means, losses.mean(1), color="tab:orange", label="mean of every epoch")
-        for theirs in [] if is_sample(results[run][0]) else report_figures("q4", run):
+        for theirs in [] if is_sample(results[run][0]) else figures_of(run):
             if "train_loss" in theirs:
                 middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps
                 label = f"report, Figure {theirs['figure']}, mean of every epoch"
@@ -341,6 +337,10 @@ def practices(results: Results) -> list[list[str]]:
             if (found := paired_difference(results, fixed, run)) is not None:
                 what = "keeps the frozen backbone in training mode"
                 rows.append([what, f"{fixed} − {run}, test: {found.in_words()}"])
+    own = {run: found for run, found in results.items() if found[0]["question"] == "q4"}
+    if lower := augmented_validation(own):
+        tested = "its test images were flipped as well, ours are not"
+        rows.append(["validates on flipped images (question 4)", f"{lower}; {tested}"])
     return rows
 
 

@@ -54,19 +54,15 @@ class Results(dict[str, list[dict]]):
         super().__init__(found)
         self.repeated, self.folder = repeated, folder
 
-    def repeated_with(self, *runs: str) -> list[list[dict]]:
-        """Those of these runs that have several seeds, and `repeated`; no training twice."""
-        groups = []
-        for found in [*(self.get(run, []) for run in runs), *self.repeated]:
-            if len(found) > 1 and not any(same_training(found[0], group[0]) for group in groups):
-                groups.append(found)
-        return groups
-
     def seeds_of(self, *runs: str) -> list[dict[int, dict]]:
         """For every run its results by seed, of the seeds that all of them have."""
         found = [{r["seed"]: r for r in self.get(run, ())} for run in runs]
         common = set.intersection(*(set(by_seed) for by_seed in found))
         return [{seed: by_seed[seed] for seed in sorted(common)} for by_seed in found]
+
+    def pairs_of(self, better: str, worse: str) -> list[tuple[dict, dict]]:
+        """The results of two runs, of every seed that both have."""
+        return list(zip(*(by_seed.values() for by_seed in self.seeds_of(better, worse))))
 
 
 # ---------------------------------------------------------------------------------------------- intervals, verdicts
@@ -80,15 +76,19 @@ def wilson_interval(correct: int, total: int) -> Interval:
     return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
 
 
+@functools.cache
 def t_quantile(df: float, outside: float = 0.05) -> float:
-    """Of Student's t, with this share outside of plus and minus it, from 3 degrees of freedom on; infinitely many make it
-    the normal distribution's (Abramowitz and Stegun, formula 26.7.5).
+    """Of Student's t with one or more degrees of freedom: what this share lies beyond, on either side of zero. Infinitely
+    many make it the normal distribution's.
+
+    t is sqrt(df) tan(a), and the density of the angle a is proportional to cos(a) ** (df - 1).
     """
-    z = statistics.NormalDist().inv_cdf(1 - outside / 2)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / df + second / df**2 + third / df**3
+    if df > 10_000:
+        return statistics.NormalDist().inv_cdf(1 - outside / 2)
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos((angles[:-1] + angles[1:]) / 2) ** (df - 1)
+    inside = np.concatenate([[0.0], np.cumsum(density)])
+    return math.sqrt(df) * math.tan(np.interp((1 - outside) * inside[-1], inside, angles))
 
 
 def verdict(interval: Interval, zone: Interval = (0.0, math.inf), wider: Interval | None = None) -> str:
@@ -104,24 +104,34 @@ def verdict(interval: Interval, zone: Interval = (0.0, math.inf), wider: Interva
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Standard deviation between seeds of one and the same setting, pooled over settings, and its degrees of freedom."""
+class Variance:
+    """An estimated variance, and its degrees of freedom."""
 
-    deviation: float
+    value: float
     df: int
 
 
-NO_SPREAD = Spread(0.0, 0)
+def pooled_variance(groups: Sequence[np.ndarray]) -> Variance | None:
+    """Between the seeds of a setting, pooled over settings; None below 2 degrees of freedom.
+
+    groups: for every setting [seeds], or [seeds, images], of which it is the mean over images.
+    """
+    df = sum(len(values) - 1 for values in groups)
+    if df < 2:
+        return None
+    squares = sum(((values - values.mean(0)) ** 2).sum(0) for values in groups)
+    return Variance(float(np.mean(squares)) / df, df)
 
 
-def pooled_spread(repeated: Iterable[list[dict]], measure: Callable[[dict], float]) -> Spread | None:
-    """Of `measure` over the repeated settings; None below 3 degrees of freedom."""
-    squares, df = 0.0, 0
-    for found in repeated:
-        values = [measure(r) for r in found]
-        squares += sum((value - statistics.mean(values)) ** 2 for value in values)
-        df += len(values) - 1
-    return Spread(math.sqrt(squares / df), df) if df >= 3 else None
+def training_variance(differences: np.ndarray, repeated: Sequence[np.ndarray]) -> Variance | None:
+    """Of the mean of `differences`, [seeds] or [seeds, images], between two runs: the part that training's chance adds.
+
+    Three seeds or more measure it themselves. Fewer take that of the `repeated` settings, twice, as a difference is of two
+    trainings. None where neither is there.
+    """
+    own = len(differences) >= 3
+    found = pooled_variance([differences] if own else repeated)
+    return found and Variance((1 if own else 2) * found.value / len(differences), found.df)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,8 @@ class Difference:
         return "{:+.2f} [{:+.2f}, {:+.2f}]".format(self.value, *self.interval())
 
     def in_words(self, unit: str = "points") -> str:
+        if not self.error:
+            return f"{self.value:+.2f} {unit}, of the same weights"
         text = "{:+.2f} {}, 95 % [{:+.2f}, {:+.2f}]".format(self.value, unit, *self.interval())
         if self.seeds > 1:
             text += f", {self.seeds} seeds"
@@ -160,19 +172,18 @@ class Difference:
 
 
 def make_difference(
-    values: Sequence[float], image_variance: float, spread: Spread | None, found: Sequence[dict]
+    values: np.ndarray, image_variance: float, training: Variance | None, found: Sequence[dict]
 ) -> Difference:
-    """values: the difference for every seed. Its variance is that of the images, which all seeds share, and that of two
-    trainings per seed. The latter is estimated, so the interval is Student's (Welch 1947, Satterthwaite 1946).
+    """values: the difference for every seed. The variance of their mean is that of the images, which all seeds share, and
+    that of training. The latter is estimated, so the interval is Student's (Welch 1947, Satterthwaite 1946).
     """
-    seeds, variance, df = len(values), image_variance, math.inf
-    if spread:
-        training_variance = 2 * spread.deviation**2 / seeds
-        variance += training_variance
-        if training_variance > 0:
-            df = spread.df * (variance / training_variance) ** 2
+    variance, df = image_variance, math.inf
+    if training:
+        variance += training.value
+        if training.value > 0:
+            df = training.df * (variance / training.value) ** 2
     precisions = tuple(sorted({r["settings"]["precision"] for r in found}))
-    return Difference(statistics.mean(values), math.sqrt(variance), df, seeds, spread is not None, precisions)
+    return Difference(float(np.mean(values)), math.sqrt(variance), df, len(values), training is not None, precisions)
 
 
 def paired_difference(
@@ -181,48 +192,53 @@ def paired_difference(
     """Difference in accuracy on all test images, in points, image by image; None where the runs share no seed.
 
     The images are taken as a sample of all images one could ask about. `weights` says which weights of each run are
-    compared, "best" or "last".
+    compared, "best" or "last". An image's difference varies because images do, and because another training gets other
+    images right: the latter is training's, and taken off the images' part, lest it count twice.
     """
+    pairs = results.pairs_of(better, worse)
+    if not pairs:
+        return None
+    correct = [[correct_images(r["test"][which]) for r, which in zip(pair, weights)] for pair in pairs]
+    points = 100.0 * np.array(correct)  # [seeds, 2, images]
+    difference = points[:, 0] - points[:, 1]
+    repeated = () if same_trainings(pairs) else results.repeated
+    training = training_variance(difference.mean(1), [np.array([*map(test_accuracy, found)]) for found in repeated])
+    by_image = difference.mean(0).var()
+    if training:
+        of_training = training_variance(difference, [test_points(found) for found in repeated])
+        by_image = max(0.0, by_image - of_training.value)
+    image_variance = by_image / difference.shape[1]
+    return make_difference(difference.mean(1), image_variance, training, [r for pair in pairs for r in pair])
 
-    def compare(pairs: list[tuple[dict, dict]]) -> tuple[list[float], float]:
-        correct = [[correct_images(r["test"][which]) for r, which in zip(pair, weights)] for pair in pairs]
-        difference = 100 * (np.array(correct, dtype=float)[:, 0] - np.array(correct)[:, 1])  # [seeds, images]
-        return difference.mean(1).tolist(), difference.mean(0).var() / difference.shape[1]
 
-    return difference_by_seed(results, better, worse, compare, test_accuracy)
+def test_points(found: Sequence[dict]) -> np.ndarray:
+    """100 for every test image that the best weights get right, 0 for the others, [seeds, images]."""
+    return 100.0 * np.array([correct_images(r["test"]["best"]) for r in found])
 
 
 def validation_difference(results: Results, better: str, worse: str) -> Difference | None:
     """Difference in the best validation accuracy, in points, as of different images, which is cautious: the results hold
     no predictions of the validation images. Zero where both have the same weights. None where the runs share no seed.
     """
-
-    def compare(pairs: list[tuple[dict, dict]]) -> tuple[list[float], float]:
-        images = VALIDATION_IMAGES[pairs[0][0]["settings"]["data"]]
-        means = [statistics.mean(map(best_validation, runs)) for runs in zip(*pairs)]
-        values = [best_validation(a) - best_validation(b) for a, b in pairs]
-        same = all(same_weights(*pair) for pair in pairs)
-        return values, 0.0 if same else sum(mean * (100 - mean) / images for mean in means)
-
-    return difference_by_seed(results, better, worse, compare, best_validation)
-
-
-def difference_by_seed(
-    results: Results,
-    better: str,
-    worse: str,
-    compare: Callable[[list[tuple[dict, dict]]], tuple[list[float], float]],
-    measure: Callable[[dict], float],
-) -> Difference | None:
-    """compare: from the pairs of results with a common seed to every seed's difference and its variance over images.
-    measure: whose spread between seeds is the noise of training; two readings of one training have none of it.
-    """
-    pairs = list(zip(*(by_seed.values() for by_seed in results.seeds_of(better, worse))))
+    pairs = results.pairs_of(better, worse)
     if not pairs:
         return None
-    same = all(same_training(*pair) for pair in pairs)
-    spread = NO_SPREAD if same else pooled_spread(results.repeated_with(better, worse), measure)
-    return make_difference(*compare(pairs), spread, [result for pair in pairs for result in pair])
+    accuracies = np.array([[best_validation(r) for r in pair] for pair in pairs])  # [seeds, 2]
+    values, means = accuracies[:, 0] - accuracies[:, 1], accuracies.mean(0)
+    images = VALIDATION_IMAGES[pairs[0][0]["settings"]["data"]]
+    image_variance = float((means * (100 - means)).sum()) / images
+    if all(same_weights(*pair) for pair in pairs):
+        image_variance = 0.0
+    repeated = () if same_trainings(pairs) else results.repeated
+    training = training_variance(values, [np.array([*map(best_validation, found)]) for found in repeated])
+    return make_difference(values, image_variance, training, [r for pair in pairs for r in pair])
+
+
+def same_trainings(pairs: Sequence[tuple[dict, dict]]) -> bool:
+    """Are both runs readings of the same trajectories? Their difference then depends on the trajectory in its own way, and
+    other settings' seeds do not tell how.
+    """
+    return all(same_training(*pair) for pair in pairs)
 
 
 def same_training(one: dict, other: dict) -> bool:
@@ -282,11 +298,12 @@ class Claim:
 
     number: str  # the report's, from 1 to 10
     text: str  # the report's sentence
-    checks: tuple[Check, ...]
+    checks: tuple[Check, ...] | Callable[[Results], tuple[Check, ...]]  # or what makes them, from the runs there are
 
     def judge(self, results: Results) -> dict:
         """A claim of several parts holds where all do, and does not where one is reversed beyond noise."""
-        findings = [check(results, len(self.checks)) for check in self.checks]
+        checks = self.checks(results) if callable(self.checks) else self.checks
+        findings = [check(results, len(checks)) for check in checks] or [NOT_RUN]
         verdicts = [finding.verdict for finding in findings]
         worst = next((v for v in ("does not hold", "not run", "within noise") if v in verdicts), "holds")
         parts = [vars(finding) for finding in findings]
@@ -301,7 +318,7 @@ def in_short(judged: dict) -> str:
         holding = verdicts.count("holds")
         notes.append(f"{holding} of {len(parts)} parts {'holds' if holding == 1 else 'hold'}")
     if any(part["one_training"] for part in parts):
-        notes.append("one training each")
+        notes.append("seen in one training")
     return f"**{judged['verdict']}**" + f" ({', '.join(notes)})" * bool(notes)
 
 
@@ -347,7 +364,7 @@ def overfits(run: str) -> Check:
             )
         if not rises:
             return NOT_RUN
-        return Finding(verdict((min(rises), max(rises)), (5.0, math.inf)), "; ".join(curves))
+        return Finding(verdict((min(rises), max(rises)), (5.0, math.inf)), "; ".join(curves), len(rises) == 1)
 
     return check
 
@@ -371,18 +388,33 @@ def of_the_report(result: dict) -> bool:
     return result["question"] in the_report()["numbers"]
 
 
-def report_figures(question: str, run: str | None = None) -> list[dict]:
-    """The report's figures that belong to a question, or to one run of it, in order."""
-    figures = [f for f in the_report()["figures"] if f["question"] == question]
-    return [f for f in figures if run is None or f["run"] == run]
+def report_figures(question: str) -> list[dict]:
+    """The report's figures that belong to a question, in order."""
+    return [f for f in the_report()["figures"] if f["question"] == question]
 
 
-def report_filters() -> tuple[np.ndarray, np.ndarray]:
-    """First-layer filters of the report's Figures 2 and 3, [128, 3, 3, 3], up to a factor. Their zero is not printed:
-    before training it is the middle of the range, as PyTorch draws them; after training it is taken to be the mean.
+def figures_of(run: str) -> list[dict]:
+    """The report's figures that show this run, in whichever question."""
+    return [f for f in the_report()["figures"] if f["run"] == run]
+
+
+def report_filters() -> dict[str, np.ndarray]:
+    """First-layer filters of the report's Figures 2 ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero
+    is not printed: before training it is the middle of the range, as PyTorch draws them; after training it is taken to be
+    the mean.
     """
     with np.load(ROOT / "results" / "report_filters.npz") as saved:
-        return saved["before"] - 127.5, saved["after"] - saved["after"].mean()
+        return {"before": saved["before"] - 127.5, "last": saved["after"] - saved["after"].mean()}
+
+
+def smoothness(filters: np.ndarray) -> np.ndarray:
+    """Share of every 3x3 filter's energy in its three smoothest patterns, [C_out] in [0, 1]; white noise has 1/3.
+
+    The patterns are those of the two-dimensional cosine transform: constant, horizontal ramp, vertical ramp; of nine.
+    """
+    basis = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])  # orthonormal DCT-II of length 3
+    energy = (np.einsum("ui,vj,ncij->ncuv", basis, basis, filters.astype(float)) ** 2).sum(1)  # [C_out, 3, 3]
+    return (energy[:, 0, 0] + energy[:, 0, 1] + energy[:, 1, 0]) / energy.sum((1, 2))
 
 
 def contradicted() -> list[tuple[str, str, float]]:
@@ -392,10 +424,8 @@ def contradicted() -> list[tuple[str, str, float]]:
     found = []
     for figure in the_report()["figures"]:
         printed = reported(figure["question"], figure["run"]).get("validation")
-        if type(printed) is float and "validation_accuracy" in figure:
-            apart = printed - max(figure["validation_accuracy"])
-            if abs(apart) > 0.05:
-                found.append((figure["figure"], figure["run"], apart))
+        if printed and "validation_accuracy" in figure and differs(printed, max(figure["validation_accuracy"])):
+            found.append((figure["figure"], figure["run"], printed - max(figure["validation_accuracy"])))
     return found
 
 
@@ -403,6 +433,16 @@ def as_the_report_validates(result: dict, name: str) -> list[float]:
     """A history entry over epochs; of validation on augmented images where there are such, as in the report."""
     augmented = f"augmented_{name}"
     return [h.get(augmented, h[name]) for h in result["history"]]
+
+
+def augmented_validation(results: dict[str, list[dict]]) -> str:
+    """What validation on augmented images is worth, in words; empty where no run has it."""
+    lower = []
+    for run, found in results.items():
+        if "augmented_validation_accuracy" in found[0]["history"][0]:
+            apart = [max(as_the_report_validates(r, "validation_accuracy")) - best_validation(r) for r in found]
+            lower.append(f"{run} {statistics.mean(apart):+.1f}")
+    return f"best validation accuracy, augmented − as it is: {', '.join(lower)}" if lower else ""
 
 
 def distance(figure: dict, found: Sequence[dict], name: str) -> float | None:
@@ -469,8 +509,7 @@ def plot_reports_curves(axes, result: dict, names: dict[str, str]) -> None:
     """The report's curves of a run, unobtrusive; none beside the sample. names: entry of the history -> line style."""
     if is_sample(result):
         return
-    figures = report_figures(result["question"], result["run"])
-    drawn = [figure for figure in figures if names.keys() & figure.keys()]
+    drawn = [figure for figure in figures_of(result["run"]) if names.keys() & figure.keys()]
     for figure, grey in zip(drawn, GREYS):
         for name, style in names.items():
             if name in figure:
@@ -563,22 +602,22 @@ def plot_confusion(found: Sequence[dict]) -> Figure:
 
 
 def load_arrays(run_folder: Path, result: dict) -> dict[str, np.ndarray]:
-    """The run's first-layer filters (before, best, last) and `step_losses`. Raises UserError."""
+    """The run's first-layer filters (before training and at the last epoch) and `step_losses`. Raises UserError."""
     path = run_folder / f"seed{result['seed']}.npz"
     try:
         with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in ("before", "best", "last", "step_losses")}
+            return {name: saved[name] for name in ("before", "last", "step_losses")}
     except Exception as error:  # a damaged file fails anywhere in zipfile, zlib or numpy
         raise UserError(f"{path} is missing or damaged ({error}): restore it, or run again") from error
 
 
 def plot_filters(found: Sequence[dict], run_folder: Path) -> Figure:
-    """The first seed's filters before training and at its best epoch, on one scale."""
+    """The first seed's filters before training and at its last epoch, as the report shows them, on one scale."""
     first = found[0]
     arrays = load_arrays(run_folder, first)
-    before, after = arrays["before"], arrays["best"]
+    before, after = arrays["before"], arrays["last"]
     scale = float(np.quantile(np.abs([before, after]), 0.998))
-    panels = {"before training": before, f"after training, epoch {first['best_epoch']}": after}
+    panels = {"before training": before, f"after {len(first['history'])} epochs": after}
     return visualize_filters(panels, title(first, "first-layer filters", run=True), scale)
 
 
@@ -660,7 +699,7 @@ def run_table(question: str, runs: Sequence[str], results: Results, sample: bool
 
 def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     """ "-" stands for what has not been run, or what the report does not print. numbers: as `reported`."""
-    validation, test = (str(numbers.get(name, "-")) for name in ("validation", "test"))
+    validation, test = (printed_and_drawn(run, numbers, name) for name in ("validation", "test"))
     if not found:
         return [run, "-", f"{validation} / -", f"{test} / -", "-", "-", what]
     best = [best_validation(r) for r in found]
@@ -678,6 +717,34 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     ]
 
 
+def parameter_table(question: str, run: str, found: Sequence[dict]) -> Table:
+    """A line per layer, and the sum: PyTorch's counts beside the report's formulas."""
+    what, parameters = command(question, run, found), found[0]["parameters"]
+    rows = [["layer", "type", "parameters", "by the report's formula", "command"]]
+    for row in parameters["layers"]:
+        rows.append([row["layer"], row["type"], f"{row['parameters']:,}", f"{row['formula']:,}", what])
+    total = sum(row["formula"] for row in parameters["layers"])
+    return [*rows, ["**all**", "", f"**{parameters['trainable']:,}**", f"**{total:,}**", what]]
+
+
+def printed_and_drawn(run: str, numbers: dict, name: str) -> str:
+    """The report's number, and its figure's where that is another; `name`: "validation" or "test"."""
+    drawn = []
+    for figure in figures_of(run) if numbers else []:
+        best = max(figure["validation_accuracy"]) if "validation_accuracy" in figure else None
+        drawn.append((figure["figure"], best if name == "validation" else figure.get("printed", {}).get("test")))
+    printed = numbers.get(name, "-")
+    others = [
+        f"Figure {number}: {value:.1f}" for number, value in drawn if value is not None and differs(printed, value)
+    ]
+    return str(printed) + f" ({', '.join(others)})" * bool(others)
+
+
+def differs(printed: float | str, drawn: float) -> bool:
+    """Beyond rounding; a range that is printed as text is taken as it is."""
+    return printed == "-" or (type(printed) is float and abs(printed - drawn) > 0.05)
+
+
 def figure_rows(question: str, results: Results) -> list[list[str]]:
     """The report's figures of this question: number, what it shows, ours, how far ours is from it, its reading error."""
     rows = []
@@ -687,23 +754,23 @@ def figure_rows(question: str, results: Results) -> list[list[str]]:
         ours, apart = "not run", "-"
         if there:
             ours = " ".join(link(kind, f"{question}/{path}") for kind, path in figure["ours"].items())
-            apart = bars_distance(figure, results) if "bars" in figure else distances(figure, results[there[0]])
+            apart = bars_distance(figure, results) if "bars" in figure else distances(figure, there[0], results)
         shows = figure["shows"] + (f" (*{figure['remark']}*)" if "remark" in figure else "")
         what = command(question, " ".join(runs), results.get(runs[0], []))
         rows.append([figure["figure"], shows, ours, apart or "-", f"`{what}`"])
     return rows
 
 
-def distances(figure: dict, found: list[dict]) -> str:
+def distances(figure: dict, run: str, results: Results) -> str:
     """How far ours is, in words; empty where there is nothing to compare."""
-    parts, losses = [], []
+    found, parts, losses = results[run], [], []
     if (points := distance(figure, found, "validation_accuracy")) is not None:
         parts.append(f"accuracy {points:.1f} points")
     for name, short in (("train_loss", "training"), ("validation_loss", "validation")):
         if (apart := distance(figure, found, name)) is not None:
             losses.append(f"{short} {apart:.3f}")
     if losses:
-        error = f"read within {figure['loss_error']:.1g}" if figure["loss_error"] else "read exactly"
+        error = f"read ± {figure['loss_error']:.1g}" if figure["loss_error"] else "read exactly"
         parts.append(f"loss {', '.join(losses)} ({error})")
     printed, last = figure.get("printed", {}), [r["history"][-1] for r in found]
     ours = {
@@ -713,6 +780,14 @@ def distances(figure: dict, found: list[dict]) -> str:
     }
     for name, theirs in printed.items():
         parts.append(f"{name.replace('_', ' ')} {theirs} / {mean_and_deviation(ours[name])}")
+    if "parameters" in figure:
+        parts.append(f"parameters {figure['parameters']:,} / {found[0]['parameters']['trainable']:,}")
+    if "filters" in figure:
+        theirs, ours = (
+            report_filters()[figure["filters"]],
+            load_arrays(results.folder / run, found[0])[figure["filters"]],
+        )
+        parts.append(f"smoothness {100 * smoothness(theirs).mean():.1f} / {100 * smoothness(ours).mean():.1f} %")
     return "; ".join(parts)
 
 
@@ -785,14 +860,15 @@ def question_section(
 
 
 def general_practices(root: Path) -> list[list[str]]:
-    """What the report did in every question, and what it changes: over all trainings there are, each read to its end."""
+    """What the report did in every question, and what it changes: over all trainings there are, each read at the number
+    of epochs that the report trained it for; without early stopping, whose rules have rows of their own.
+    """
     trainings: dict[str, dict] = {}
-    runs = [path for question in the_report()["numbers"] for path in sorted(root.glob(f"{question}/*/"))]
-    for path in runs:
-        for result in load_results(path):
-            first_epoch = json.dumps(result["history"][0])  # tells one training from another
-            longest = trainings.get(first_epoch, result)
-            trainings[first_epoch] = max(longest, result, key=lambda r: len(r["history"]))
+    for question, numbers in the_report()["numbers"].items():
+        for path in sorted(root.glob(f"{question}/*/")):
+            for result in load_results(path):
+                if path.name in numbers and not result["settings"]["patience"]:
+                    trainings[json.dumps(result["history"])] = result  # question 2 has one of question 1's again
     if not trainings:
         return []
     restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in trainings.values()]
@@ -817,18 +893,28 @@ def median_and_range(values: Sequence[float]) -> str:
 def write_page(root: Path, sample: bool) -> None:
     """README.md under `root`, from the summaries of all questions there are."""
     summaries = [load_summary(path) for path in sorted(root.glob("q*/summary.json"))]
-    lines = [SAMPLE_HEAD if sample else PAGE_HEAD]
+    lines = [SAMPLE_HEAD if sample else PAGE_HEAD.format(**progress(summaries))]
     if not sample:
         lines += [*verdict_table(summaries), READING_HEAD, noise_of_training(root)]
         rows = [row for summary in summaries for row in summary["figures"]]
-        head = ["Figure", "shows", "ours", "mean distance of our curves", "command"]
+        head = ["Figure", "shows", "ours", "mean distance of our curves; single numbers: report / ours", "command"]
         lines += ["## The report's figures, in order", "", figures_head(), *markdown_table([head, *rows])]
-        rows = general_practices(root) + [row for summary in summaries for row in summary["practices"]]
+        rows = [[*row, judging("q1")] for row in general_practices(root)]
+        for summary in summaries:
+            rows += [[*row, judging(summary["question"])] for row in summary["practices"]]
         lines += ["## What the report did, and what it changes", "", PRACTICES_HEAD]
-        lines += markdown_table([["the report", "what it is worth, from our runs"], *rows])
+        lines += markdown_table([["the report", "what it is worth, from our runs", "command"], *rows])
     for summary in summaries:
         lines += [*outdated(root, summary), summary["section"]]
     write_atomic(root / "README.md", "\n".join(lines).encode())
+
+
+def progress(summaries: Sequence[dict]) -> dict:
+    """How many of the report's runs there are, and in which precision they were trained."""
+    found = [summary["runs"] for summary in summaries if summary["question"] in the_report()["numbers"]]
+    precisions = {name for runs in found for name in runs["precisions"]}
+    done, declared = (sum(runs[name] for runs in found) for name in ("done", "declared"))
+    return {"done": done, "declared": declared, "precisions": " and ".join(sorted(precisions)) or "nothing yet"}
 
 
 def outdated(root: Path, summary: dict) -> list[str]:
@@ -848,6 +934,7 @@ def load_summary(path: Path) -> dict:
         if not all(type(v["claim"]) is str and v["verdict"] and v["parts"] for v in summary["verdicts"]):
             raise ValueError("its claims are none")
         summary["figures"] + summary["practices"] + [], summary["section"] + "", dict(summary["rests_on"])
+        progress([summary])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({reason}): delete it, and run that question with --replot") from error
@@ -860,20 +947,37 @@ def figures_head() -> str:
 
 
 def noise_of_training(root: Path) -> str:
-    """How it was measured, in words."""
-    repeated = repeated_results(root)
-    runs = ", ".join(f"{run} ({question})" for question, run in REPEATED)
-    if (spread := pooled_spread(repeated, test_accuracy)) is None:
-        missing = f"is to be measured by further seeds of {runs}; until they are trained, intervals lack it, and say so"
-        return f"**The noise of training** {missing}.\n"
-    measured = f"{spread.deviation:.2f} points of test accuracy between seeds, {spread.df} degrees of freedom"
-    return f"**The noise of training** is taken to be the same for all runs: {measured}, pooled over {runs}.\n"
+    """Where the intervals have it from, in words."""
+    measured, groups = [], []
+    for question, run in REPEATED:
+        accuracies = np.array([*map(test_accuracy, load_results(root / question / run))])
+        if len(accuracies) > 1:
+            groups.append(accuracies)
+            measured.append(f"{run} ({question}) {accuracies.std(ddof=1):.2f} over {len(accuracies)} seeds")
+    if spread := pooled_variance(groups):
+        pooled = f"{math.sqrt(spread.value):.2f} points of test accuracy with {spread.df} degrees of freedom"
+        borrowed = (
+            f"is taken from the settings of questions 1 to 3 that have several seeds: {', '.join(measured)}; {pooled}"
+        )
+    else:
+        runs = ", ".join(f"{run} ({question})" for question, run in REPEATED)
+        borrowed = f"is to be measured by further seeds of {runs}; until then their intervals lack it, and say so"
+    return NOISE.format(borrowed=borrowed)
 
 
 def verdict_table(summaries: Sequence[dict]) -> list[str]:
     """The report's claims and what became of them; the evidence stands with each question."""
-    rows = [[v["claim"], v["report"], in_short(v)] for summary in summaries for v in summary["verdicts"]]
-    return markdown_table([["claim", "the report says", "here"], *rows])
+    rows = [
+        [v["claim"], v["report"], in_short(v), judging(summary["question"])]
+        for summary in summaries
+        for v in summary["verdicts"]
+    ]
+    return markdown_table([["claim", "the report says", "here", "command"], *rows])
+
+
+def judging(question: str) -> str:
+    """The command that draws and judges anew what there is of a question."""
+    return f"`python {script(question)} --replot`"
 
 
 SAMPLE_HEAD = """# SAMPLE: trained on the small bundled excerpt, not on CIFAR-10
@@ -884,17 +988,20 @@ PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
 
 Written by the question scripts from the JSON files beside it; do not edit.
 
-**Scope.** Every run of the report, trained with the settings of its published code on the official CIFAR-10, one seed
-each unless the table says more; question 5 goes beyond it. Accuracies are in percent. "-" has not been run, or the
-report prints no number.
+**Scope.** Every run of the report, {done} of {declared} so far, trained with the settings of its published code on the
+official CIFAR-10, convolutions in {precisions}, one seed each unless the table says more; question 5 goes beyond it.
+Accuracies are in percent. "-" has not been run, or the report prints no number.
 
 What became of the report's ten claims:
 """
 READING_HEAD = """Below: the report's figures in order, what its way of measuring is worth, and every question with all its runs.
 
-**How to read it.** The report tests the weights of the last epoch on the first 1,000 test images; so does the column
-beside its numbers. What we would report follows: the weights of the best validation epoch on all 10,000, with the 95 %
-Wilson interval of one seed, or mean ± standard deviation of several. "time" is that of all epochs a run is read from.
+**How to read it.** The report tests the weights of the last epoch on the first 1,000 test images (for question 4 its code
+does not tell which weights); so does the column beside its numbers. It validates on augmented images in questions 3.1 and
+4; so does "validation: report / ours", with the best epoch on those. Where its figure shows another number than its text
+prints, the figure's follows in brackets. What we would report is next: "best epoch" and its weights, chosen on validation
+images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ± standard deviation of
+several. "time" is that of all epochs a run is read from.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
@@ -903,10 +1010,14 @@ claim of several parts holds where all of them do, and does not where one is rev
 comparisons (Bonferroni). Runs are compared over the seeds that both have: test accuracies image by image, validation
 accuracies as if of different images, which is cautious. The interval holds the noise of the images and that of training.
 """
+NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
+runs that share fewer it {borrowed}. Two readings of one training borrow nothing: how much they differ is a matter of that
+training.
+"""
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
-it: the report's own two trainings of question 1's network, Figures 1 and 5, are {apart:.1f} points apart. `report.json` says
-how the curves were read.
+it: the report's own two trainings of question 1's network, Figures 1 and 5, are {apart:.1f} points apart. "read ±" is the
+standard error of reading the report's curve, of which `report.json` says how; smoothness is that of claim 2.
 """
 PRACTICES_HEAD = """The authors published their code, which is why we can know. None of this is unusual in a course's homework, and each is
 worth knowing when numbers are compared.
@@ -945,10 +1056,12 @@ def write_report(
             for name, figure in drawings.items():
                 save_figure(figure, folder / name)
             names = [run.name for run in runs]
+            there = [results_of_run[0]["settings"]["precision"] for run in names if (results_of_run := own.get(run))]
             found_tables = [run_table(question, names, own, args.sample), *(tables(results) if tables else [])]
             verdicts = [claim.judge(results) for claim in claims]
             summary = {
                 "question": question,
+                "runs": {"done": len(there), "declared": len(names), "precisions": sorted(set(there))},
                 "verdicts": verdicts,
                 "figures": [] if args.sample else figure_rows(question, own),
                 "practices": practices(results) if practices else [],

@@ -16,7 +16,7 @@ import q5_modern_recipe
 import report
 from augment import Grayscale
 from common import ROOT, correct_images, load_result, make_parser, score, select_runs
-from q1_convnet import filters_become_smooth, smoothness
+from q1_convnet import filters_become_smooth
 from q2_batchnorm_earlystop import restores_others
 from q3_augment_dropout import about_equal, narrowest_gap, two_best
 from report import (
@@ -27,8 +27,10 @@ from report import (
     make_difference,
     overfits,
     paired_difference,
-    pooled_spread,
+    pooled_variance,
+    smoothness,
     t_quantile,
+    training_variance,
     validation_difference,
     verdict,
     wilson_interval,
@@ -84,10 +86,10 @@ def draw(accuracy: float, seeds: int, seed: int, images: int = 10_000) -> np.nda
 
 
 def test_student_quantiles_against_the_tables():
-    for df, exact in ((3, 3.1824), (6, 2.4469), (10, 2.2281), (30, 2.0423), (math.inf, 1.95996)):
-        assert t_quantile(df) == pytest.approx(exact, rel=0.01)
-    for df, exact in ((6, 3.7074), (10, 3.1693), (30, 2.7500), (math.inf, 2.57583)):
-        assert t_quantile(df, 0.01) == pytest.approx(exact, rel=0.02)
+    for df, exact in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (6, 2.44691), (30, 2.04227), (math.inf, 1.95996)):
+        assert t_quantile(df) == pytest.approx(exact, rel=1e-4)
+    for df, exact in ((1, 63.6567), (2, 9.92484), (6, 3.70743), (30, 2.75000), (9999, 2.57632), (math.inf, 2.57583)):
+        assert t_quantile(df, 0.01) == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +113,27 @@ def test_one_of_many_comparisons_is_reversed_by_chance_no_more_often_than_one_al
     """Brute force: 10 comparisons without a difference; the claim that all are above zero is false, not reversed."""
     rng, reversed_ones, trials = np.random.default_rng(1), 0, 2000
     for values in rng.normal(0, 0.5, (trials, 10)):
-        verdicts = [make_difference([value], 0.25, None, []).verdict(comparisons=10) for value in values]
+        verdicts = [make_difference(value[None], 0.25, None, []).verdict(comparisons=10) for value in values]
         reversed_ones += "does not hold" in verdicts
     assert 0.01 < reversed_ones / trials < 0.035  # one side of 5 %
-    assert make_difference([1.0], 0.25, None, []).verdict(comparisons=10) == "holds"  # by its own 95 %
+    assert make_difference(np.ones(1), 0.25, None, []).verdict(comparisons=10) == "holds"  # by its own 95 %
 
 
-def test_the_spread_of_seeds_is_pooled_over_settings():
-    groups = [[{"x": 80.0}, {"x": 82.0}], [{"x": 10.0}, {"x": 10.0}, {"x": 13.0}]]
-    found = pooled_spread(groups, lambda r: r["x"])
-    assert found.df == 3 and found.deviation == pytest.approx(math.sqrt((2 + 6) / 3))
-    assert pooled_spread(groups[:1], lambda r: r["x"]) is None  # one degree of freedom says too little
+def test_the_variance_between_seeds_is_pooled_over_settings():
+    groups = [np.array([80.0, 82.0]), np.array([10.0, 10.0, 13.0])]
+    found = pooled_variance(groups)
+    assert found.df == 3 and found.value == pytest.approx((2 + 6) / 3)
+    assert pooled_variance(groups[:1]) is None  # one degree of freedom says too little
+    images = pooled_variance([np.array([[0.0, 100.0], [0.0, 0.0], [0.0, 100.0]])])  # [seeds, images]
+    assert images.df == 2 and images.value == pytest.approx((0 + 10_000 / 3) / 2)
+
+
+def test_three_seeds_measure_the_noise_of_training_and_fewer_borrow_it():
+    repeated = [np.array([80.0, 81.0, 82.0])]  # variance 1
+    assert vars(training_variance(np.array([1.0, 2.0, 6.0]), repeated)) == {"value": pytest.approx(7 / 3), "df": 2}
+    assert vars(training_variance(np.array([1.0, 2.0]), repeated)) == {"value": 1.0, "df": 2}  # 2 * 1 / 2
+    assert vars(training_variance(np.array([1.0]), repeated)) == {"value": 2.0, "df": 2}
+    assert training_variance(np.array([1.0, 2.0]), []) is None
 
 
 def test_paired_interval_without_repeated_settings_is_that_of_the_images():
@@ -134,17 +146,24 @@ def test_paired_interval_without_repeated_settings_is_that_of_the_images():
     assert "without the noise of training" in found.in_words()
 
 
-def test_an_interval_with_the_noise_of_training_covers_as_often_as_it_says():
-    """Brute force: two settings that differ by 1 point, three seeds each, a spread of 0.8 points measured on 7 others."""
-    rng, covered, trials = np.random.default_rng(3), 0, 2000
+def trained(logits: np.ndarray, seeds: int, rng: np.random.Generator) -> list[dict]:
+    """Trainings of one setting: every one is better or worse as a whole, and gets other images right by chance."""
+    shifted = logits + rng.normal(0, 0.15, (seeds, 1))
+    return as_results(rng.random((seeds, logits.size)) < 1 / (1 + np.exp(-shifted)), rng.random())
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_an_interval_covers_the_true_difference_as_often_as_it_says(seeds):
+    """Brute force, the images drawn anew every time: some are harder for one setting than for the other."""
+    rng, covered, trials = np.random.default_rng(3), 0, 600
     for _ in range(trials):
-        others = [[{"x": v} for v in rng.normal(80, 0.8, 3)] for _ in range(3)]
-        spread = pooled_spread(others, lambda r: r["x"])
-        images = rng.normal(0, 0.3)  # shared by all seeds
-        values = (1 + images + rng.normal(0, 0.8, 3) - rng.normal(0, 0.8, 3)).tolist()
-        low, high = make_difference(values, 0.3**2, spread, []).interval()
-        covered += low < 1 < high
-    assert 0.94 < covered / trials < 0.965
+        harder, easier = rng.normal(1.5, 2, (2, 400))  # on the same images, so the true difference is zero
+        common = rng.normal(0, 1.5, 400)
+        repeated = [trained(common + rng.normal(1.5, 2, 400), 3, rng) for _ in range(3)]
+        results = {"a": trained(common + harder, seeds, rng), "b": trained(common + easier, seeds, rng)}
+        low, high = paired_difference(Results(results, repeated), "a", "b").interval()
+        covered += low < 0 < high
+    assert 0.93 < covered / trials < 0.975
 
 
 def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
@@ -160,12 +179,12 @@ def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
     assert "2 seeds" in two.in_words() and "without the noise" not in two.in_words()
 
 
-def test_the_compared_runs_own_seeds_measure_the_noise_of_training_too():
-    results = Results({"a": as_results(draw(0.82, 3, 0)), "b": as_results(draw(0.80, 3, 1))})
-    assert [len(group) for group in results.repeated_with("a", "b")] == [3, 3]
-    assert paired_difference(results, "a", "b").training  # four degrees of freedom
-    results.repeated = [results["a"]]
-    assert [len(group) for group in results.repeated_with("a", "b")] == [3, 3]  # no training twice
+def test_what_training_adds_to_the_images_is_not_counted_twice():
+    """Without a noise of training of its own, the same trainings differ by that of the images alone, and that is none."""
+    right = draw(0.8, 6, 0)
+    apart = paired_difference(Results({"a": as_results(right[:3]), "b": as_results(right[3:])}), "a", "b")
+    values = 100 * (right[:3].mean(1) - right[3:].mean(1))
+    assert apart.training and apart.error == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=0.05)
 
 
 def test_pairing_makes_the_interval_narrower():
@@ -176,15 +195,15 @@ def test_pairing_makes_the_interval_narrower():
     assert 0.7 < low < 1.0 < high < 1.3
 
 
-def test_best_and_last_weights_of_one_training_differ_by_no_noise_of_training():
+def test_best_and_last_weights_of_one_training_borrow_no_noise_of_training():
     run = as_results(draw(0.8, 1, 6))[0]
     last = correct_images(run["test"]["best"])
     last[np.flatnonzero(last)[:100]] = False  # worse on 100 images of 10,000
     run["test"] = run["test"] | {"last": as_results(last[None])[0]["test"]["best"]}
     results = Results({"a": [run]}, [as_results(draw(0.8, 4, 9))])
     found = paired_difference(results, "a", "a", weights=("best", "last"))
-    assert found.value == pytest.approx(1.0) and found.verdict() == "holds" and found.training
-    assert 0.7 < found.interval()[0]  # of the images alone
+    assert found.value == pytest.approx(1.0) and found.verdict() == "holds"
+    assert 0.7 < found.interval()[0] and not found.training  # of the images alone: other settings' seeds do not tell it
     assert paired_difference(results, "a", "a", weights=("last", "best")).value == pytest.approx(-1.0)
 
 
@@ -218,7 +237,7 @@ def test_a_claim_of_several_parts():
     assert judged(("a", "b"), ("b", "missing")) == "not run"
     assert judged(("c", "b"), ("b", "missing")) == "does not hold"
     found = Claim("1", "text", (beats("a", "b"), beats("b", "missing"))).judge(results)
-    assert report.in_short(found) == "**not run** (1 of 2 parts holds, one training each)"
+    assert report.in_short(found) == "**not run** (1 of 2 parts holds, seen in one training)"
     first, missing = report.evidence(found)
     assert first.startswith("holds: a − b, test: +") and missing == "1 of 2 parts not run"
     assert report.in_short(Claim("1", "text", (beats("b", "missing"),) * 2).judge(results)) == "**not run**"
@@ -238,7 +257,8 @@ def test_a_validation_accuracy_is_better_beyond_the_noise_of_1000_images():
     close = compare(84.5, 82.0)  # sqrt(.845 * .155 + .82 * .18) * 1.96 = 3.27
     assert close.interval()[1] - close.value == pytest.approx(3.27, abs=0.01)
     one = Results({"a": as_results(draw(0.8, 1, 0), 82.0)})
-    assert validation_difference(one, "a", "a").interval() == (0.0, 0.0)  # the same weights
+    assert validation_difference(one, "a", "a").interval() == (0.0, 0.0)
+    assert validation_difference(one, "a", "a").in_words() == "+0.00 points, of the same weights"
     sample = compare(60.0, 51.0, "cifar10-sample")  # 200 images
     assert sample.interval()[1] - sample.value == pytest.approx(9.7, abs=0.05)
     assert validation_difference(Results({}), "a", "b") is None
@@ -280,7 +300,7 @@ def test_filter_criterion(tmp_path):
     (tmp_path / "convnet").mkdir()
 
     def found(before, after):
-        arrays = {"before": before, "best": after, "last": after, "step_losses": np.zeros((1, 1))}
+        arrays = {"before": before, "last": after, "step_losses": np.zeros((1, 1))}
         np.savez_compressed(tmp_path / "convnet/seed0.npz", **arrays)
         return filters_become_smooth("convnet")(Results({"convnet": [{"seed": 0}]}, folder=tmp_path))
 
@@ -518,6 +538,17 @@ def test_a_runs_figures_carry_the_reports_curves():
     assert axes.lines[-1].get_ydata().tolist() == theirs["validation_accuracy"]
 
 
+def test_a_number_of_the_report_stands_beside_its_figures():
+    def shown(question, run):
+        return [report.printed_and_drawn(run, report.reported(question, run), name) for name in ("validation", "test")]
+
+    assert shown("q3", "crop_flip") == ["85.0", "84.6"]
+    assert shown("q3", "crop_flip_gray_blur") == ["82.9 (Figure 25: 81.8)", "81.8 (Figure 25: 82.9)"]
+    assert shown("q2", "batchnorm_patience7") == ["85.8", "-"]  # its figure is another run's
+    assert shown("q4", "frozen_train_mode_imagenet") == ["61-66", "-"]
+    assert shown("q3", "baseline") == ["-", "-"]
+
+
 def test_what_the_reports_text_and_its_plots_contradict():
     """As listed by whoever read the report: Figures 15, 20, 24, 25 and 26."""
     found = {number: (run, round(apart, 1)) for number, run, apart in report.contradicted()}
@@ -632,7 +663,8 @@ def test_figures_and_gallery_do_not_wait_for_the_last_run(small, tmp_path, monke
 def test_the_page_shows_what_is_missing(tmp_path, capsys):
     q1_convnet.main(["--replot", "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "| convnet | - | - / - | 80.7 / - | - | - | `python q1_convnet.py --only convnet` |" in text
+    row = "| convnet | - | - (Figure 1b: 78.1, Figure 5: 82.7) / - | 80.7 / - | - | - |"
+    assert f"{row} `python q1_convnet.py --only convnet` |" in text and "0 of 1 so far" in text
     assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
