@@ -14,11 +14,11 @@ The baseline is question 1's network at 30 epochs, the same trajectory, continue
 report's code drops units before the pooling; two runs of ours, `dropout_after_pool`, drop them at the usual place.
 
 With seed 0, crop + flip comes to the report's validation accuracy where validation images are augmented, as they are
-there; on the images as they are it is higher. With the full mixture the two lie further apart. The report's text and
-its Figure 26 disagree about the mixture's best validation accuracy: ours is near the figure's on augmented images, and
-near the text's on the images as they are. With either augmentation, validation loss does not turn and rise as the
-baseline's does. At a dropout of 0.6 both losses follow the report's Figure 28c, validation far above training from the
-first epoch on, and accuracy collapses as it does there.
+there; on the images as they are it is higher. Crop alone does as well on the test images. With the full mixture the two
+lie further apart. The report's text and its Figure 26 disagree about the mixture's best validation accuracy: ours is
+near the figure's on augmented images, and near the text's on the images as they are. With any of the three, validation
+loss does not turn and rise as the baseline's does. At a dropout of 0.6 both losses follow the report's Figure 28c,
+validation far above training from the first epoch on, and accuracy collapses as it does there.
 """
 
 import argparse

@@ -158,6 +158,8 @@ class Difference:
 
     def __str__(self) -> str:
         """+1.86 [+1.07, +2.67]"""
+        if not self.error:
+            return "the same weights"
         return "{:+.2f} [{:+.2f}, {:+.2f}]".format(self.value, *self.interval())
 
     def in_words(self, unit: str = "points") -> str:
