@@ -26,9 +26,9 @@ from report import (
     Finding,
     Results,
     Table,
+    layer_table,
     load_arrays,
     overfits,
-    parameter_table,
     report_filters,
     smoothness,
     verdict,
@@ -66,7 +66,7 @@ def filters_become_smooth(run: str) -> Check:
         )
         theirs = [100 * smoothness(filters).mean() for filters in report_filters().values()]
         evidence += f"; the report's own filters: before {theirs[0]:.1f} %, after {theirs[1]:.1f} %"
-        return Finding(found, evidence, one_training=True)
+        return Finding(found, evidence, lacks_training=True)
 
     return check
 
@@ -88,7 +88,7 @@ CLAIMS = [
 
 def tables(results: Results) -> list[Table]:
     """Parameters of every layer, as PyTorch counts them and by the report's formulas."""
-    return [parameter_table("q1", "convnet", results["convnet"])] if "convnet" in results else []
+    return [layer_table("q1", "convnet", results["convnet"])] if "convnet" in results else []
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,9 +45,9 @@ from report import (
     best_validation,
     command,
     figures_of,
+    layer_table,
     new_panels,
     paired_difference,
-    parameter_table,
     plot_curve,
     reported,
     same_training,
@@ -199,14 +199,15 @@ def mark_stops(axes, rules: Sequence[dict], color: str, row: int) -> None:
 
 
 def tables(results: Results) -> list[Table]:
-    """Batch norm's parameters; and for every stopping rule, and none: where training ends, the accuracies of the best and of the last weights, what
-    the rule saves, and what it costs against no early stopping. Differences are paired, on all test images, in points.
+    """Batch norm's parameters; and for every stopping rule, and none: where training ends, the accuracies of the best
+    and of the last weights, what the rule saves, and what it costs against no early stopping. Differences are paired,
+    on all test images, in points.
     """
     head = ["run", "ends after", "best epoch", "best: validation / test", "last: validation / test"]
-    head += ["best − last, test [95 % of images]", "epochs and time saved"]
-    head += ["full − rule, best, test [95 % of images]", "command"]
+    head += ["best − last, test [95 %, noise of the images alone]", "epochs and time saved"]
+    head += ["full − rule, best, test [95 %, noise of the images alone]", "command"]
     rows = [stopping_row(network, r, results) for network in COLORS for r in rules_of(network, results)]
-    parameters = [parameter_table("q2", "batchnorm", results["batchnorm"])] if "batchnorm" in results else []
+    parameters = [layer_table("q2", "batchnorm", results["batchnorm"])] if "batchnorm" in results else []
     return [*parameters, [head, *rows]] if rows else parameters
 
 
@@ -246,7 +247,7 @@ def practices(results: Results) -> list[list[str]]:
         theirs = reported("q2", longer)["validation"] - reported("q2", shorter)["validation"]
         worth = f"patience 7 − 5, best validation: {found.in_words()} (the report: {theirs:+.1f})"
         test = paired_difference(results, longer, shorter, ("last", "last"))
-        worth += f"; last weights, test: {test.in_words()} (the report: unknown)"
+        worth += f"; last weights, test: {test.in_words()} (the report does not show it)"
         rows.append(
             ["shows Figure 12, of patience 5, with its test accuracy, again as Figure 14, of patience 7", worth]
         )

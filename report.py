@@ -194,8 +194,10 @@ def paired_difference(
     """Difference in accuracy on all test images, in points, image by image; None where the runs share no seed.
 
     The images are taken as a sample of all images one could ask about. `weights` says which weights of each run are
-    compared, "best" or "last". An image's difference varies because images do, and because another training gets other
-    images right: the latter is training's, and taken off the images' part, lest it count twice.
+    compared, "best" or "last"; of two runs, the same of both.
+
+    An image's difference varies because images do, and because another training gets other images right. The latter is
+    in the noise of training too, and counts once; but three seeds that agree by chance do not take it off.
     """
     pairs = results.pairs_of(better, worse)
     if not pairs:
@@ -203,19 +205,18 @@ def paired_difference(
     correct = [[correct_images(r["test"][which]) for r, which in zip(pair, weights)] for pair in pairs]
     points = 100.0 * np.array(correct)  # [seeds, 2, images]
     difference = points[:, 0] - points[:, 1]
-    repeated = () if same_trainings(pairs) else results.repeated
-    training = training_variance(difference.mean(1), [np.array([*map(test_accuracy, found)]) for found in repeated])
-    by_image = difference.mean(0).var()
+    image_variance = difference.mean(0).var() / difference.shape[1]
+    repeated = [] if same_trainings(pairs) else [test_points(found, weights[0]) for found in results.repeated]
+    training = training_variance(difference.mean(1), [points.mean(1) for points in repeated])
     if training:
-        of_training = training_variance(difference, [test_points(found) for found in repeated])
-        by_image = max(0.0, by_image - of_training.value)
-    image_variance = by_image / difference.shape[1]
+        in_both = training_variance(difference, repeated).value / difference.shape[1]
+        image_variance = max(0.0, image_variance - min(in_both, training.value))
     return make_difference(difference.mean(1), image_variance, training, [r for pair in pairs for r in pair])
 
 
-def test_points(found: Sequence[dict]) -> np.ndarray:
-    """100 for every test image that the best weights get right, 0 for the others, [seeds, images]."""
-    return 100.0 * np.array([correct_images(r["test"]["best"]) for r in found])
+def test_points(found: Sequence[dict], weights: str) -> np.ndarray:
+    """100 for every test image that these weights get right, 0 for the others, [seeds, images]."""
+    return 100.0 * np.array([correct_images(r["test"][weights]) for r in found])
 
 
 def validation_difference(results: Results, better: str, worse: str) -> Difference | None:
@@ -287,7 +288,7 @@ class Finding:
 
     verdict: str
     evidence: str = ""
-    one_training: bool = False
+    lacks_training: bool = False
 
 
 NOT_RUN = Finding("not run")
@@ -319,8 +320,8 @@ def in_short(judged: dict) -> str:
     if len(parts) > 1 and set(verdicts) != {"not run"}:
         holding = verdicts.count("holds")
         notes.append(f"{holding} of {len(parts)} parts {'holds' if holding == 1 else 'hold'}")
-    if any(part["one_training"] for part in parts):
-        notes.append("seen in one training")
+    if any(part["lacks_training"] for part in parts):
+        notes.append("without the noise of training")
     return f"**{judged['verdict']}**" + f" ({', '.join(notes)})" * bool(notes)
 
 
@@ -719,14 +720,14 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     ]
 
 
-def parameter_table(question: str, run: str, found: Sequence[dict]) -> Table:
-    """A line per layer, and the sum: PyTorch's counts beside the report's formulas."""
+def layer_table(question: str, run: str, found: Sequence[dict]) -> Table:
+    """A line per layer, and the sum: PyTorch's counts beside the report's formulas (batch norm's is ours)."""
     what, parameters = command(question, run, found), found[0]["parameters"]
-    rows = [["layer", "type", "parameters", "by the report's formula", "command"]]
+    rows = [["layer", "type", "parameters", "by formula", "command"]]
     for row in parameters["layers"]:
         rows.append([row["layer"], row["type"], f"{row['parameters']:,}", f"{row['formula']:,}", what])
     total = sum(row["formula"] for row in parameters["layers"])
-    return [*rows, ["**all**", "", f"**{parameters['trainable']:,}**", f"**{total:,}**", what]]
+    return [*rows, ["all", "", f"{parameters['trainable']:,}", f"{total:,}", what]]
 
 
 def printed_and_drawn(run: str, numbers: dict, name: str) -> str:
@@ -913,10 +914,11 @@ def write_page(root: Path, sample: bool) -> None:
 
 def progress(summaries: Sequence[dict]) -> dict:
     """How many of the report's runs there are, and in which precision they were trained."""
-    found = [summary["runs"] for summary in summaries if summary["question"] in the_report()["numbers"]]
-    precisions = {name for runs in found for name in runs["precisions"]}
-    done, declared = (sum(runs[name] for runs in found) for name in ("done", "declared"))
-    return {"done": done, "declared": declared, "precisions": " and ".join(sorted(precisions)) or "nothing yet"}
+    trained = [precisions for summary in summaries for precisions in summary["precisions"].values()]
+    names = sorted({name for precisions in trained for name in precisions})
+    convolutions = f" convolutions in {' and '.join(names)}," if names else ""
+    total = sum(map(len, the_report()["numbers"].values()))
+    return {"done": len(trained), "total": total, "convolutions": convolutions}
 
 
 def outdated(root: Path, summary: dict) -> list[str]:
@@ -990,8 +992,8 @@ PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
 
 Written by the question scripts from the JSON files beside it; do not edit.
 
-**Scope.** Every run of the report, {done} of {declared} so far, trained with the settings of its published code on the
-official CIFAR-10, convolutions in {precisions}, one seed each unless the table says more; question 5 goes beyond it.
+**Scope.** The report's runs, {done} of {total} so far, trained with the settings of its published code on the official
+CIFAR-10,{convolutions} one seed each unless the table says more; some runs of ours beside them, and question 5 beyond it.
 Accuracies are in percent. "-" has not been run, or the report prints no number.
 
 What became of the report's ten claims:
@@ -1000,10 +1002,10 @@ READING_HEAD = """Below: the report's figures in order, what its way of measurin
 
 **How to read it.** The report tests the weights of the last epoch on the first 1,000 test images (for question 4 its code
 does not tell which weights); so does the column beside its numbers. It validates on augmented images in questions 3.1 and
-4; so does "validation: report / ours", with the best epoch on those. Where its figure shows another number than its text
-prints, the figure's follows in brackets. What we would report is next: "best epoch" and its weights, chosen on validation
-images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ± standard deviation of
-several. "time" is that of all epochs a run is read from.
+4; so does "validation: report / ours", with the best epoch on those. Where its figure shows a number that its text prints
+otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
+chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
+standard deviation of several. "time" is that of all epochs a run is read from.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
@@ -1013,8 +1015,9 @@ comparisons (Bonferroni). Runs are compared over the seeds that both have: test 
 accuracies as if of different images, which is cautious. The interval holds the noise of the images and that of training.
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
-runs that share fewer it {borrowed}. Two readings of one training borrow nothing: how much they differ is a matter of that
-training.
+runs that share fewer it {borrowed}. Question 5
+borrows nothing, and neither do two readings of one training, such as two patiences: other settings' seeds do not tell how
+much these differ.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
@@ -1058,12 +1061,11 @@ def write_report(
             for name, figure in drawings.items():
                 save_figure(figure, folder / name)
             names = [run.name for run in runs]
-            there = [results_of_run[0]["settings"]["precision"] for run in names if (results_of_run := own.get(run))]
             found_tables = [run_table(question, names, own, args.sample), *(tables(results) if tables else [])]
             verdicts = [claim.judge(results) for claim in claims]
             summary = {
                 "question": question,
-                "runs": {"done": len(there), "declared": len(names), "precisions": sorted(set(there))},
+                "precisions": precisions_of(question, own),
                 "verdicts": verdicts,
                 "figures": [] if args.sample else figure_rows(question, own),
                 "practices": practices(results) if practices else [],
@@ -1089,6 +1091,12 @@ def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> 
     found |= {run: load_results(folder.parent / question / run) for run, question in beside.items()}
     found = {run: seeds for run, seeds in found.items() if seeds}
     return Results(found, repeated_results(folder.parent) if folder.name in the_report()["numbers"] else (), folder)
+
+
+def precisions_of(question: str, results: Results) -> dict[str, list[str]]:
+    """Of the report's runs that there are: in which precisions their seeds were trained."""
+    printed = the_report()["numbers"].get(question, {})
+    return {run: sorted({r["settings"]["precision"] for r in results[run]}) for run in printed if run in results}
 
 
 def repeated_results(root: Path) -> list[list[dict]]:

@@ -146,24 +146,24 @@ def test_paired_interval_without_repeated_settings_is_that_of_the_images():
     assert "without the noise of training" in found.in_words()
 
 
-def trained(logits: np.ndarray, seeds: int, rng: np.random.Generator) -> list[dict]:
+def trained(logits: np.ndarray, seeds: int, spread: float, rng: np.random.Generator) -> list[dict]:
     """Trainings of one setting: every one is better or worse as a whole, and gets other images right by chance."""
-    shifted = logits + rng.normal(0, 0.15, (seeds, 1))
-    return as_results(rng.random((seeds, logits.size)) < 1 / (1 + np.exp(-shifted)), rng.random())
+    shifted = logits + rng.normal(0, spread, (seeds, 1))
+    return as_results(rng.random((seeds, logits.size)) < 1 / (1 + np.exp(-shifted)))
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_an_interval_covers_the_true_difference_as_often_as_it_says(seeds):
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.15), (2, 0.15), (3, 0.15), (3, 0.01)])
+def test_an_interval_covers_the_true_difference_as_often_as_it_says(seeds, spread):
     """Brute force, the images drawn anew every time: some are harder for one setting than for the other."""
-    rng, covered, trials = np.random.default_rng(3), 0, 600
+    rng, covered, trials = np.random.default_rng(3), 0, 1500
     for _ in range(trials):
         harder, easier = rng.normal(1.5, 2, (2, 400))  # on the same images, so the true difference is zero
         common = rng.normal(0, 1.5, 400)
-        repeated = [trained(common + rng.normal(1.5, 2, 400), 3, rng) for _ in range(3)]
-        results = {"a": trained(common + harder, seeds, rng), "b": trained(common + easier, seeds, rng)}
+        repeated = [trained(common + rng.normal(1.5, 2, 400), 3, spread, rng) for _ in range(3)]
+        results = {"a": trained(common + harder, seeds, spread, rng), "b": trained(common + easier, seeds, spread, rng)}
         low, high = paired_difference(Results(results, repeated), "a", "b").interval()
         covered += low < 0 < high
-    assert 0.93 < covered / trials < 0.975
+    assert 0.93 < covered / trials < 0.97
 
 
 def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
@@ -180,11 +180,39 @@ def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
 
 
 def test_what_training_adds_to_the_images_is_not_counted_twice():
-    """Without a noise of training of its own, the same trainings differ by that of the images alone, and that is none."""
-    right = draw(0.8, 6, 0)
-    apart = paired_difference(Results({"a": as_results(right[:3]), "b": as_results(right[3:])}), "a", "b")
-    values = 100 * (right[:3].mean(1) - right[3:].mean(1))
-    assert apart.training and apart.error == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=0.05)
+    rng = np.random.default_rng(0)
+    easy, hard, other = rng.normal(1.5, 2, (3, 10_000))
+    groups = [trained(other, 3, 0.1, rng) for _ in range(3)]
+    one, two = trained(easy, 1, 0.1, rng), trained(hard, 1, 0.1, rng)
+    found = paired_difference(Results({"a": one, "b": two}, groups), "a", "b")
+    right = [100.0 * np.array([correct_images(r["test"]["best"]) for r in group]) for group in (one, two, *groups)]
+    of_training = 2 * np.mean([points.mean(1).var(ddof=1) for points in right[2:]])
+    of_images = (right[0] - right[1]).var() / 10_000
+    in_both = 2 * np.mean([points.var(0, ddof=1).mean() for points in right[2:]]) / 10_000
+    assert 0 < in_both < min(of_images, of_training)
+    assert found.error == pytest.approx(math.sqrt(of_training + of_images - in_both))
+
+
+def test_seeds_that_agree_by_chance_leave_the_noise_of_the_images():
+    rng = np.random.default_rng(0)
+    one, other = (np.array([rng.permutation(10_000) < 8000 for _ in range(3)]) for _ in range(2))  # all at 80 %
+    found = paired_difference(Results({"a": as_results(one), "b": as_results(other)}), "a", "b")
+    by_image = (100.0 * (one.mean(0) - other.mean(0))).var() / 10_000
+    assert found.value == 0 and found.training and found.error == pytest.approx(math.sqrt(by_image))
+
+
+def test_last_weights_borrow_the_noise_of_last_weights():
+    def with_last(best: np.ndarray, last: np.ndarray) -> list[dict]:
+        found = as_results(best)
+        for result, other in zip(found, as_results(last)):
+            result["test"]["last"] = other["test"]["best"]
+        return found
+
+    alike, apart = np.repeat(draw(0.8, 1, 0), 3, axis=0), draw(0.8, 3, 1)
+    apart[1, :2000] = False
+    results = Results({"a": as_results(draw(0.8, 1, 2)), "b": as_results(draw(0.8, 1, 3))}, [with_last(alike, apart)])
+    errors = [paired_difference(results, "a", "b", (which, which)).error for which in ("best", "last")]
+    assert errors[1] > 5 * errors[0]
 
 
 def test_pairing_makes_the_interval_narrower():
@@ -237,7 +265,7 @@ def test_a_claim_of_several_parts():
     assert judged(("a", "b"), ("b", "missing")) == "not run"
     assert judged(("c", "b"), ("b", "missing")) == "does not hold"
     found = Claim("1", "text", (beats("a", "b"), beats("b", "missing"))).judge(results)
-    assert report.in_short(found) == "**not run** (1 of 2 parts holds, seen in one training)"
+    assert report.in_short(found) == "**not run** (1 of 2 parts holds, without the noise of training)"
     first, missing = report.evidence(found)
     assert first.startswith("holds: a − b, test: +") and missing == "1 of 2 parts not run"
     assert report.in_short(Claim("1", "text", (beats("b", "missing"),) * 2).judge(results)) == "**not run**"
@@ -388,7 +416,7 @@ def test_the_table_of_gaps_compares_every_run_with_the_baseline():
     rows = rows_of(results)
     assert rows["baseline"] == ["0.100", "0.900", "+0.800", "80.0", "-"]
     assert rows["crop_flip"][:4] == ["0.500", "0.600", "+0.100", "80.5"]
-    assert rows["crop_flip"][4].startswith("+5.00 [+")
+    assert rows["crop_flip"][4].startswith("+5.00 points, 95 % [+")
     assert rows["dropout_0.6"] == ["-"] * 5
     for entry, accuracy in zip(results["crop_flip"][0]["history"], (79.0, 78.0)):
         entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": 0.7}
@@ -664,7 +692,7 @@ def test_the_page_shows_what_is_missing(tmp_path, capsys):
     q1_convnet.main(["--replot", "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     row = "| convnet | - | - (Figure 1b: 78.1, Figure 5: 82.7) / - | 80.7 / - | - | - |"
-    assert f"{row} `python q1_convnet.py --only convnet` |" in text and "0 of 1 so far" in text
+    assert f"{row} `python q1_convnet.py --only convnet` |" in text and "0 of 30 so far, trained" in text
     assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
