@@ -17,8 +17,10 @@ With seed 0, crop + flip comes to the report's validation accuracy where validat
 there; on the images as they are it is higher. Crop alone does as well on the test images. With the full mixture the two
 lie further apart. The report's text and its Figure 26 disagree about the mixture's best validation accuracy: ours is
 near the figure's on augmented images, and near the text's on the images as they are. With any of the three, validation
-loss does not turn and rise as the baseline's does. Of the report's flips, p = 0.5 (Figure 17) has the highest training
-loss at the end, above both weaker and stronger ones; ours falls further, as its others do. At p = 0.9 the report's test
+loss does not turn and rise as the baseline's does. Of the report's flips, p = 0.1 and 0.5 (Figures 15 and 17) end with
+the highest training losses, though p = 0.1 flips the fewest images; with ours its loss is among the lowest. The two
+began with the highest as well and stayed slow, like question 1's Figure 1 beside its Figure 5: without batch norm the
+network is sensitive to its start. All of ours with one seed start from the same weights. At p = 0.9 the report's test
 accuracy, on 1,000 images, falls below its baseline's; ours stays above, though below that of p = 0.5. At a dropout of
 0.6 both losses follow the report's Figure 28c, validation far above training from the first epoch on, and accuracy
 collapses as it does there.
