@@ -273,7 +273,8 @@ def figures(results: Results) -> dict[str, Figure]:
     if any(p > 0 for p in dropouts):
         drawn["dropout_validation.png"] = plot_dropout(results, dropouts)
         drawn["dropout_bars.png"] = plot_bars(results, dropouts)
-        drawn["dropout_sweep.png"] = plot_sweep(results, dropouts, "dropout", "dropout rate")
+        drawn["dropout_sweep.png"] = figure = plot_sweep(results, dropouts, "dropout", "dropout rate")
+        add_after_pool(figure, results)
     return drawn
 
 
@@ -336,11 +337,9 @@ def plot_sweep(results: Results, runs: dict[float, str], heading: str, xlabel: s
     ylabels = ("test accuracy (%)", "validation loss − training loss, last epoch")
     first = next(iter(found.values()))[0]
     figure, (accuracies, gaps) = new_panels(title(first, heading), ylabels, xlabel)
-    means = [mean_test_accuracy(r) for r in found.values()]
-    bounds = np.array([test_interval(r) for r in found.values()])  # [rates, 2]
     several = any(len(r) > 1 for r in found.values())
     label = "ours (several seeds: ± standard deviation; one: 95 %)" if several else "ours (95 %)"
-    accuracies.errorbar(list(found), means, np.abs(bounds.T - means), fmt="o-", capsize=4, label=label)
+    plot_test_accuracies(accuracies, found, fmt="o-", label=label)
     if not is_sample(first):
         theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
         label = "report, last weights, 1,000 images"
@@ -353,8 +352,33 @@ def plot_sweep(results: Results, runs: dict[float, str], heading: str, xlabel: s
     for axes in (accuracies, gaps):
         axes.xaxis.get_major_locator().set_params(integer=False)
         axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
+        add_legend_below(axes)
     return figure
+
+
+def plot_test_accuracies(axes, found: dict[float, list[dict]], **style) -> None:
+    """Over a rate, each with its interval."""
+    means = [mean_test_accuracy(r) for r in found.values()]
+    bounds = np.array([test_interval(r) for r in found.values()])  # [rates, 2]
+    axes.errorbar(list(found), means, np.abs(bounds.T - means), capsize=4, **style)
+
+
+def add_legend_below(axes) -> None:
+    """Below the axes, in one row."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1, frameon=False)
+
+
+def add_after_pool(figure: Figure, results: Results) -> None:
+    """Into the sweep of dropout before the pooling: the runs that drop units after it."""
+    found = {p: results[run] for p in AFTER_POOL_RATES if (run := after_pool_run(p).name) in results}
+    if not found:
+        return
+    accuracies, gaps = figure.axes
+    style = {"color": "tab:orange", "label": "ours, after the pooling"}
+    plot_test_accuracies(accuracies, found, fmt="s", **style)
+    gaps.plot(list(found), [mean_gap(r) for r in found.values()], "s", **style)
+    for axes in (accuracies, gaps):
+        add_legend_below(axes)
 
 
 def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:
