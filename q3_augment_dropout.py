@@ -273,8 +273,8 @@ def figures(results: Results) -> dict[str, Figure]:
     if any(p > 0 for p in dropouts):
         drawn["dropout_validation.png"] = plot_dropout(results, dropouts)
         drawn["dropout_bars.png"] = plot_bars(results, dropouts)
-        drawn["dropout_sweep.png"] = figure = plot_sweep(results, dropouts, "dropout", "dropout rate")
-        add_after_pool(figure, results)
+        after_pool = {p: run for p in AFTER_POOL_RATES if (run := after_pool_run(p).name) in results}
+        drawn["dropout_sweep.png"] = plot_sweep(results, dropouts, "dropout", "dropout rate", after_pool=after_pool)
     return drawn
 
 
@@ -329,56 +329,46 @@ def plot_bars(results: Results, rates: dict[float, str]) -> Figure:
     return figure
 
 
-def plot_sweep(results: Results, runs: dict[float, str], heading: str, xlabel: str, baseline: str = "") -> Figure:
-    """Over a rate: test accuracy on all images with its interval, beside the report's numbers and the baseline; and the
-    gap between the losses.
+def plot_sweep(
+    results: Results,
+    runs: dict[float, str],
+    heading: str,
+    xlabel: str,
+    baseline: str = "",
+    after_pool: dict[float, str] | None = None,
+) -> Figure:
+    """Over a rate: test accuracy on all images with its interval, beside the report's numbers, the baseline and the runs
+    that drop units after the pooling; and the gap between the losses.
     """
-    found = {x: results[run] for x, run in runs.items()}
     ylabels = ("test accuracy (%)", "validation loss − training loss, last epoch")
-    first = next(iter(found.values()))[0]
+    first = results[next(iter(runs.values()))][0]
     figure, (accuracies, gaps) = new_panels(title(first, heading), ylabels, xlabel)
-    several = any(len(r) > 1 for r in found.values())
-    label = "ours (several seeds: ± standard deviation; one: 95 %)" if several else "ours (95 %)"
-    plot_test_accuracies(accuracies, found, fmt="o-", label=label)
+    several = any(len(results[run]) > 1 for run in runs.values())
+    interval = "several seeds: ± standard deviation; one: 95 %" if several else "95 %"
+    series = {"ours": (runs, {"fmt": "o-"})}
+    if after_pool:
+        series["ours, after the pooling"] = (after_pool, {"fmt": "s", "color": "tab:orange"})
+    for name, (rates, style) in series.items():
+        found = [results[run] for run in rates.values()]
+        means = [mean_test_accuracy(r) for r in found]
+        bounds = np.array([test_interval(r) for r in found])  # [rates, 2]
+        label = f"{name} ({interval})" if name == "ours" else name
+        accuracies.errorbar(list(rates), means, np.abs(bounds.T - means), capsize=4, label=label, **style)
+        gaps.errorbar(list(rates), [mean_gap(r) for r in found], label=name, **style)
     if not is_sample(first):
         theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
         label = "report, last weights, 1,000 images"
         accuracies.plot(list(theirs), list(theirs.values()), "x", color="gray", label=label)
-    gaps.plot(list(found), [mean_gap(r) for r in found.values()], "o-", label="ours")
     if baseline in results:
         accuracy, gap = mean_test_accuracy(results[baseline]), mean_gap(results[baseline])
         accuracies.axhline(accuracy, color="tab:green", linestyle=":", label=f"baseline {accuracy:.1f} %")
         gaps.axhline(gap, color="tab:green", linestyle=":", label=f"baseline {gap:.2f}")
+    shown = [*runs, *(after_pool or {})]
     for axes in (accuracies, gaps):
         axes.xaxis.get_major_locator().set_params(integer=False)
-        axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
-        add_legend_below(axes)
+        axes.set_xlim(min(shown) - 0.05, max(shown) + 0.05)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1, frameon=False)
     return figure
-
-
-def plot_test_accuracies(axes, found: dict[float, list[dict]], **style) -> None:
-    """Over a rate, each with its interval."""
-    means = [mean_test_accuracy(r) for r in found.values()]
-    bounds = np.array([test_interval(r) for r in found.values()])  # [rates, 2]
-    axes.errorbar(list(found), means, np.abs(bounds.T - means), capsize=4, **style)
-
-
-def add_legend_below(axes) -> None:
-    """Below the axes, in one row."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1, frameon=False)
-
-
-def add_after_pool(figure: Figure, results: Results) -> None:
-    """Into the sweep of dropout before the pooling: the runs that drop units after it."""
-    found = {p: results[run] for p in AFTER_POOL_RATES if (run := after_pool_run(p).name) in results}
-    if not found:
-        return
-    accuracies, gaps = figure.axes
-    style = {"color": "tab:orange", "label": "ours, after the pooling"}
-    plot_test_accuracies(accuracies, found, fmt="s", **style)
-    gaps.plot(list(found), [mean_gap(r) for r in found.values()], "s", **style)
-    for axes in (accuracies, gaps):
-        add_legend_below(axes)
 
 
 def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:

@@ -796,18 +796,17 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
 
 
 def test_the_sweep_marks_dropout_after_the_pooling(finished):
-    """With the accuracy and the gap of its own runs, on the rates that have been run."""
+    """With the accuracy and the gap of its own runs, in sight where no rate as high has been run before the pooling."""
     text = (finished[0] / "out/sample/q1/convnet_3epochs/seed0.json").read_text()
-    before, after = json.loads(text.replace('"dropout": 0.0', '"dropout": 0.6')), json.loads(text)
+    before, after = json.loads(text.replace('"dropout": 0.0', '"dropout": 0.1')), json.loads(text)
     after["test"]["best"]["all_images"]["accuracy"], after["history"][-1]["train_loss"] = 12.5, 9.0
-    results = {"dropout_0.6": [before], "dropout_after_pool_0.6": [after]}
-    accuracies, gaps = q3_augment_dropout.figures(results)["dropout_sweep.png"].axes
-    for axes, expected in ((accuracies, 12.5), (gaps, after["history"][-1]["validation_loss"] - 9.0)):
+    results = {"dropout_0.1": [before], "dropout_after_pool_0.6": [after]}
+    panels = q3_augment_dropout.figures(results)["dropout_sweep.png"].axes
+    for axes, expected in zip(panels, (12.5, after["history"][-1]["validation_loss"] - 9.0)):
         handles, labels = axes.get_legend_handles_labels()
-        marked = handles[labels.index("ours, after the pooling")]
-        line = marked[0] if axes is accuracies else marked  # of an error bar
+        line = handles[labels.index("ours, after the pooling")][0]
         np.testing.assert_allclose(line.get_xydata(), [[0.6, expected]])
-        assert "ours, after the pooling" in [label.get_text() for label in axes.get_legend().get_texts()]
+        assert axes.get_xlim()[1] > 0.6
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
