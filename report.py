@@ -896,8 +896,9 @@ def median_and_range(values: Sequence[float]) -> str:
 def write_page(root: Path, sample: bool) -> None:
     """README.md under `root`, from the summaries of all questions there are."""
     summaries = [load_summary(path) for path in sorted(root.glob("q*/summary.json"))]
-    lines = [SAMPLE_HEAD if sample else PAGE_HEAD.format(**progress(summaries))]
+    lines = [SAMPLE_HEAD]
     if not sample:
+        lines = [PAGE_HEAD.format(**progress(summaries), machines=machines(summaries))]
         lines += [*verdict_table(summaries), READING_HEAD, noise_of_training(root)]
         rows = [row for summary in summaries for row in summary["figures"]]
         head = ["Figure", "shows", "ours", "mean distance of our curves; single numbers: report / ours", "command"]
@@ -912,13 +913,29 @@ def write_page(root: Path, sample: bool) -> None:
     write_atomic(root / "README.md", "\n".join(lines).encode())
 
 
-def progress(summaries: Sequence[dict]) -> dict:
-    """How many of the report's runs there are, and in which precision they were trained."""
-    trained = [precisions for summary in summaries for precisions in summary["precisions"].values()]
-    names = sorted({name for precisions in trained for name in precisions})
-    convolutions = f" convolutions in {' and '.join(names)}," if names else ""
-    total = sum(map(len, the_report()["numbers"].values()))
-    return {"done": len(trained), "total": total, "convolutions": convolutions}
+def progress(summaries: Sequence[dict]) -> dict[str, int]:
+    """How many of the report's runs there are."""
+    numbers = the_report()["numbers"]
+    done = [
+        run for summary in summaries for run in summary["trained_on"] if run in numbers.get(summary["question"], {})
+    ]
+    return {"done": len(done), "total": sum(map(len, numbers.values()))}
+
+
+def machines(summaries: Sequence[dict]) -> str:
+    """Where the runs were trained, in a sentence that names those which were not trained where most were."""
+    runs: dict[str, list[str]] = {}
+    for summary in summaries:
+        for run, places in summary["trained_on"].items():
+            for place in places:
+                runs.setdefault(place, []).append(f"{run} ({summary['question']})")
+    if not runs:
+        return ""
+    first, *others = sorted(runs, key=lambda place: len(runs[place]), reverse=True)
+    if not others:
+        return f"Trained on {first}."
+    elsewhere = "; ".join(f"{', '.join(runs[place])}, on {place}" for place in others)
+    return f"Trained on {first}, but for {elsewhere}. Times compare on one machine alone."
 
 
 def outdated(root: Path, summary: dict) -> list[str]:
@@ -937,8 +954,8 @@ def load_summary(path: Path) -> dict:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if not all(type(v["claim"]) is str and v["verdict"] and v["parts"] for v in summary["verdicts"]):
             raise ValueError("its claims are none")
-        summary["figures"] + summary["practices"] + [], summary["section"] + "", dict(summary["rests_on"])
-        progress([summary])
+        summary["figures"] + summary["practices"] + [], summary["section"] + ""
+        dict(summary["rests_on"]), dict(summary["trained_on"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({reason}): delete it, and run that question with --replot") from error
@@ -993,8 +1010,9 @@ PAGE_HEAD = """# A report on convolutional networks for CIFAR-10, reproduced
 Written by the question scripts from the JSON files beside it; do not edit.
 
 **Scope.** The report's runs, {done} of {total} so far, trained with the settings of its published code on the official
-CIFAR-10,{convolutions} one seed each unless the table says more; some runs of ours beside them, and question 5 beyond it.
+CIFAR-10, one seed each unless the table says more; some runs of ours beside them, and question 5 beyond it.
 Accuracies are in percent. "-" has not been run, or the report prints no number.
+{machines}
 
 What became of the report's ten claims:
 """
@@ -1065,7 +1083,7 @@ def write_report(
             verdicts = [claim.judge(results) for claim in claims]
             summary = {
                 "question": question,
-                "precisions": precisions_of(question, own),
+                "trained_on": {run: trained_on(found) for run, found in own.items()},
                 "verdicts": verdicts,
                 "figures": [] if args.sample else figure_rows(question, own),
                 "practices": practices(results) if practices else [],
@@ -1093,10 +1111,10 @@ def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> 
     return Results(found, repeated_results(folder.parent) if folder.name in the_report()["numbers"] else (), folder)
 
 
-def precisions_of(question: str, results: Results) -> dict[str, list[str]]:
-    """Of the report's runs that there are: in which precisions their seeds were trained."""
-    printed = the_report()["numbers"].get(question, {})
-    return {run: sorted({r["settings"]["precision"] for r in results[run]}) for run in printed if run in results}
+def trained_on(found: Sequence[dict]) -> list[str]:
+    """The machines of a run's seeds, and what the convolutions were computed in."""
+    environments = [e for result in found for e in (*result["earlier_environments"], result["environment"])]
+    return sorted({f"{e['device']} (convolutions in {e['precision']})" for e in environments})
 
 
 def repeated_results(root: Path) -> list[list[dict]]:

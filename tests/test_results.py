@@ -697,6 +697,18 @@ def test_the_page_shows_what_is_missing(tmp_path, capsys):
     assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
+def test_the_page_names_the_runs_that_another_machine_trained():
+    here, there = ({"device": device, "precision": "fp32"} for device in ("A", "B"))
+    assert report.trained_on([{"environment": here, "earlier_environments": []}]) == ["A (convolutions in fp32)"]
+    moved = [{"environment": here, "earlier_environments": [there]}, {"environment": here, "earlier_environments": []}]
+    assert report.trained_on(moved) == ["A (convolutions in fp32)", "B (convolutions in fp32)"]
+    q1 = {"question": "q1", "trained_on": {"convnet": ["A"]}}
+    q3 = {"question": "q3", "trained_on": {"crop": ["A"], "flip": ["B"], "gray": ["A", "B"]}}
+    assert report.machines([]) == "" and report.machines([q1]) == "Trained on A."
+    expected = "Trained on A, but for flip (q3), gray (q3), on B. Times compare on one machine alone."
+    assert report.machines([q1, q3]) == expected
+
+
 def test_the_committed_page_is_what_the_results_give(tmp_path, capsys):
     committed = ROOT / "results"
     ignored = shutil.ignore_patterns("sample", "*.png", "*.lock", "README.md", "summary.json")
