@@ -909,8 +909,11 @@ def check_result(result: dict, stem: str) -> None:
             raise ValueError(f"its {weights} accuracy is not that of its images")
         if confusion.shape != (10, 10) or confusion.trace() != correct.sum() or confusion.sum() != len(correct):
             raise ValueError(f"its {weights} confusion matrix is not that of its images")
-    if missing := {"run", "question", "environment"} - result.keys():
+    if missing := {"run", "question"} - result.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for machine in (*result["earlier_environments"], result["environment"]):
+        if missing := {"device", "precision"} - machine.keys():
+            raise ValueError(f"an environment lacks {', '.join(sorted(missing))}")
 
 
 # ------------------------------------------------------------------------------------------------------ command line

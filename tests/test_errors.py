@@ -247,6 +247,7 @@ DAMAGES = {  # a pattern in the file, and what stands there instead
     "another accuracy": (r'("all_images": {[^}]*"accuracy": )[\d.]+', r"\g<1>99.0"),
     "another accuracy of the report's images": (r'("report_images": {[^}]*"accuracy": )[\d.]+', r"\g<1>99.0"),
     "its question is missing": (r'"question": "q1",', ""),
+    "its machine is missing": (r'"device": "[^"]*",', ""),
     "fewer images": (r'"correct": ".{20}', '"correct": "'),
     "another best epoch": (r'"best_epoch": \d+', '"best_epoch": 7'),
     "another confusion": (r'("confusion": \[\s*\[ )\d+', r"\g<1>777"),
