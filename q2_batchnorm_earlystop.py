@@ -5,21 +5,22 @@
     python q2_batchnorm_earlystop.py --patience 3 10      # more stopping rules, read from the same epochs
 
 The report: batch norm lifts test accuracy from 80.7 to 82.2 %; with early stopping, patience 7 reaches 85.8 %
-validation accuracy where patience 5 reaches 82.8, and both 80.9 % on the first 1,000 test images. What we found:
-results/README.md
+validation accuracy where patience 5 reaches 82.8. It prints 80.9 % on the first 1,000 test images for both, but shows
+patience 5 twice, so the other's is unknown. What we found: results/README.md
 
 These runs are two trajectories, one per network: each is trained once, to 50 epochs, and every epoch budget and
 stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.
 
 With batch norm the training loss follows the report's to the width of the line, but validation accuracy jumps by points
 from one epoch to the next, in the report's curves as in ours. So where a patience ends is luck: the report's patience 7
-lasted until epoch 50; with seed 0, ours ended with the same weights as patience 5. And so is what the last epoch's
-weights are worth: the best ones are safer.
+lasted until epoch 50; with seed 0, ours stopped two epochs after patience 5 and restored the same weights. What the last
+epoch's weights are worth is luck too: the best ones are safer.
 
 With seed 0 batch norm has its best weights long after both patiences have ended its training, and they are clearly
 better on test: early stopping does not only save time here, it costs accuracy. Without batch norm the best weights are
 those that patience 5 finds. By epoch 50 weight decay has pulled nearly half of batch norm's first-layer filters to zero,
-the grey squares in the picture. The report's Figure 13 shows the same; without batch norm hardly a filter vanishes.
+the grey squares in the picture of batchnorm_full. The report's Figure 13 shows the same; without batch norm hardly a
+filter vanishes.
 """
 
 import math
@@ -163,7 +164,7 @@ def plot_stops(results: Results) -> Figure:
     first = next(iter(full.values()))
     heading = (
         f"seed {first['seed']}: where each patience stops (dotted, numbered), "
-        "the weights it restores (dot), the best of all epochs (ring)"
+        "the weights it restores (dot), the best validation accuracy of all epochs (ring)"
     )
     figure, panels = new_panels(title(first, heading), ("validation loss (cross entropy)", PANELS[1]))
     for axes, entry in zip(panels, ("validation_loss", "validation_accuracy")):
@@ -185,12 +186,12 @@ def mark_best(axes, result: dict, entry: str, color: str, **style) -> None:
 
 
 def mark_stops(axes, rules: Sequence[dict], color: str, row: int) -> None:
-    """A dotted line where rules stop, with their patience above it; `row` keeps two networks' numbers apart."""
+    """A dotted line where rules stop, with their patience above it; `row` keeps two networks' dots and numbers apart."""
     stops: dict[int, set[int]] = {}
     for result in rules:
         stops.setdefault(len(result["history"]), set()).add(result["settings"]["patience"])
     for stop, patiences in stops.items():
-        axes.axvline(stop, color=color, linestyle=":")
+        axes.axvline(stop, color=color, linestyle=(3 * row, (1.5, 4.5)))
         text, place = ", ".join(map(str, sorted(patiences))), axes.get_xaxis_transform()
         axes.text(stop, 1.01 + 0.04 * row, text, color=color, ha="center", fontsize=8, transform=place)
 

@@ -19,9 +19,8 @@ shifts, for it is trained three times as long. A linear schedule ends with the l
 --epochs the training starts anew.
 
 In two epochs, at the learning rates of `fast`, a schedule that ends at zero and Muon are worth most, then batch norm.
-Label smoothing, crop and flip show no effect that three seeds can tell; even without crop and flip, validation loss ends
-hardly above training loss. After the 24 epochs of `strong` (seed 0), eight points beyond the
-report's best ConvNet, training loss is half of validation loss.
+Label smoothing, crop and flip show no effect that three seeds can tell. After the 24 epochs of `strong` (seed 0), eight
+points beyond the report's best ConvNet, training loss is half of validation loss.
 """
 
 import argparse

@@ -245,9 +245,13 @@ def same_trainings(pairs: Sequence[tuple[dict, dict]]) -> bool:
 
 
 def same_training(one: dict, other: dict) -> bool:
-    """Are both readings of one trajectory?"""
-    shared = min(len(one["history"]), len(other["history"]))
-    return one["history"][:shared] == other["history"][:shared]
+    """Are both readings of one trajectory? One that was trained twice gives the same metrics, in another time."""
+    return all(a == b for a, b in zip(metrics(one), metrics(other)))
+
+
+def metrics(result: dict) -> list[dict]:
+    """The history without the seconds, the one thing in it that does not repeat."""
+    return [{name: value for name, value in h.items() if name != "seconds"} for h in result["history"]]
 
 
 def same_weights(one: dict, other: dict) -> bool:
@@ -320,6 +324,8 @@ def in_short(judged: dict) -> str:
     if len(parts) > 1 and set(verdicts) != {"not run"}:
         holding = verdicts.count("holds")
         notes.append(f"{holding} of {len(parts)} parts {'holds' if holding == 1 else 'hold'}")
+        if missing := verdicts.count("not run"):
+            notes.append(f"{missing} not run")
     if any(part["lacks_training"] for part in parts):
         notes.append("without the noise of training")
     return f"**{judged['verdict']}**" + f" ({', '.join(notes)})" * bool(notes)
@@ -560,17 +566,21 @@ def shades(count: int) -> np.ndarray:
 
 def plot_losses(found: Sequence[dict]) -> Figure:
     """Training and validation loss over epochs, all seeds of one run, beside the report's curves."""
-    first = found[0]
-    figure, axes = new_axes(title(first, "loss", run=True), "cross entropy")
-    plot_curve(axes, found, "train_loss", "training", color="tab:blue")
-    plot_curve(axes, found, "validation_loss", "validation", color="tab:orange")
-    if of_the_report(first) and "augmented_validation_loss" in first["history"][0]:
-        style = {"color": "tab:orange", "linestyle": ":"}
-        plot_curve(axes, found, "augmented_validation_loss", "validation, augmented as in the report", **style)
-    plot_reports_curves(axes, first, {"train_loss": "-", "validation_loss": "--"})
+    figure, axes = new_axes(title(found[0], "loss", run=True), "cross entropy")
+    plot_loss_curves(axes, found)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
+
+
+def plot_loss_curves(axes, found: Sequence[dict]) -> None:
+    """All losses of a run, and the report's."""
+    plot_curve(axes, found, "train_loss", "training", color="tab:blue")
+    plot_curve(axes, found, "validation_loss", "validation", color="tab:orange")
+    if of_the_report(found[0]) and "augmented_validation_loss" in found[0]["history"][0]:
+        style = {"color": "tab:orange", "linestyle": ":"}
+        plot_curve(axes, found, "augmented_validation_loss", "validation, augmented as in the report", **style)
+    plot_reports_curves(axes, found[0], {"train_loss": "-", "validation_loss": "--"})
 
 
 def plot_accuracy(found: Sequence[dict]) -> Figure:
@@ -759,7 +769,7 @@ def figure_rows(question: str, results: Results) -> list[list[str]]:
             ours = " ".join(link(kind, f"{question}/{path}") for kind, path in figure["ours"].items())
             apart = bars_distance(figure, results) if "bars" in figure else distances(figure, there[0], results)
         shows = figure["shows"] + (f" (*{figure['remark']}*)" if "remark" in figure else "")
-        what = command(question, " ".join(runs), results.get(runs[0], []))
+        what = command(question, " ".join(runs), max((results.get(run, []) for run in runs), key=len))
         rows.append([figure["figure"], shows, ours, apart or "-", f"`{what}`"])
     return rows
 
@@ -871,7 +881,7 @@ def general_practices(root: Path) -> list[list[str]]:
         for path in sorted(root.glob(f"{question}/*/")):
             for result in load_results(path):
                 if path.name in numbers and not result["settings"]["patience"]:
-                    trainings[json.dumps(result["history"])] = result  # question 2 has one of question 1's again
+                    trainings[json.dumps(metrics(result))] = result  # question 2 has one of question 1's again
     if not trainings:
         return []
     restored = [test_accuracy(r, "best") - test_accuracy(r, "last") for r in trainings.values()]
@@ -954,8 +964,8 @@ def load_summary(path: Path) -> dict:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if not all(type(v["claim"]) is str and v["verdict"] and v["parts"] for v in summary["verdicts"]):
             raise ValueError("its claims are none")
-        summary["figures"] + summary["practices"] + [], summary["section"] + ""
-        dict(summary["rests_on"]), dict(summary["trained_on"])
+        summary["figures"] + summary["practices"] + [], summary["question"] + summary["section"]
+        dict(summary["rests_on"]), dict(summary["trained_on"]), [in_short(v) for v in summary["verdicts"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({reason}): delete it, and run that question with --replot") from error
@@ -1014,7 +1024,8 @@ CIFAR-10, one seed each unless the table says more; some runs of ours beside the
 Accuracies are in percent. "-" has not been run, or the report prints no number.
 {machines}
 
-What became of the report's ten claims:
+What became of the report's ten claims. "Without the noise of training": the interval tells what other test images would
+change, not yet what another seed would.
 """
 READING_HEAD = """Below: the report's figures in order, what its way of measuring is worth, and every question with all its runs.
 
@@ -1023,14 +1034,17 @@ does not tell which weights); so does the column beside its numbers. It validate
 4; so does "validation: report / ours", with the best epoch on those. Where its figure shows a number that its text prints
 otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
 chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
-standard deviation of several. "time" is that of all epochs a run is read from.
+standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; the machine sometimes
+did other work meanwhile.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
-1 asks for a validation loss that ends more than 5 % above its lowest, and claim 7 for a difference within ±2 points. A
-claim of several parts holds where all of them do, and does not where one is reversed in an interval widened for as many
-comparisons (Bonferroni). Runs are compared over the seeds that both have: test accuracies image by image, validation
-accuracies as if of different images, which is cautious. The interval holds the noise of the images and that of training.
+1 asks for a validation loss that ends more than 5 % above its lowest, and claim 7 for a difference within ±2 points.
+Claim 2 is judged by smoothness alone: edges and colours are for the eye. A claim of several parts holds where all of them
+do, does not where one is reversed in an interval widened for as many comparisons (Bonferroni), and else is *not run* as
+long as one of them has not been. Runs are compared by their best weights, over the seeds that both have: test accuracies
+image by image, on all 10,000, validation accuracies as if of different images, which is cautious. The interval holds the
+noise of the images and that of training.
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
 runs that share fewer it {borrowed}. Question 5
@@ -1040,7 +1054,7 @@ much these differ.
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
 it: the report's own two trainings of question 1's network, Figures 1 and 5, are {apart:.1f} points apart. "read ±" is the
-standard error of reading the report's curve, of which `report.json` says how; smoothness is that of claim 2.
+standard error of reading the curve off the report's figure (`report.json` says how); smoothness is that of claim 2.
 """
 PRACTICES_HEAD = """The authors published their code, which is why we can know. None of this is unusual in a course's homework, and each is
 worth knowing when numbers are compared.

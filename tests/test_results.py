@@ -266,7 +266,7 @@ def test_a_claim_of_several_parts():
     assert judged(("a", "b"), ("b", "missing")) == "not run"
     assert judged(("c", "b"), ("b", "missing")) == "does not hold"
     found = Claim("1", "text", (beats("a", "b"), beats("b", "missing"))).judge(results)
-    assert report.in_short(found) == "**not run** (1 of 2 parts holds, without the noise of training)"
+    assert report.in_short(found) == "**not run** (1 of 2 parts holds, 1 not run, without the noise of training)"
     first, missing = report.evidence(found)
     assert first.startswith("holds: a − b, test: +") and missing == "1 of 2 parts not run"
     assert report.in_short(Claim("1", "text", (beats("b", "missing"),) * 2).judge(results)) == "**not run**"
@@ -384,6 +384,9 @@ def test_the_two_best_augmentations_must_beat_the_third_beyond_noise():
     assert found(mixture=0.75).verdict == "does not hold"
     assert "crop_flip − crop:" in found(mixture=0.9).evidence  # the lesser of the two decides
     assert check(Results({"crop_flip": [], "mixture": []})).verdict == "not run"
+    results = Results({name: as_results(draw(p, 1, seed)) for seed, (name, p) in enumerate(runs.items())})
+    results["mixture"] += as_results(draw(0.9, 3, 9))[1:]  # better with two seeds that the others do not have
+    assert "mixture − crop:" in check(results).evidence
 
 
 def validated(accuracies: list[float], best: int, right: int = 322, run: str = "a", **settings) -> dict:
@@ -419,9 +422,14 @@ def test_the_table_of_gaps_compares_every_run_with_the_baseline():
     assert rows["crop_flip"][:4] == ["0.500", "0.600", "+0.100", "80.5"]
     assert rows["crop_flip"][4].startswith("+5.00 points, 95 % [+")
     assert rows["dropout_0.6"] == ["-"] * 5
+    seeds = {run: [*found] for run, found in results.items()}
+    for run, precision, right in (("baseline", "fp32", 242), ("crop_flip", "bf16", 322)):  # of two precisions
+        second = with_losses(validated([70.0, 80.0], 2, right=right, precision=precision), [1.5, 0.1], [1.4, 0.9])
+        seeds[run].append(second | {"seed": 1})
+    assert rows_of(seeds)["crop_flip"][4] == rows["crop_flip"][4]  # they are not compared
     for entry, accuracy in zip(results["crop_flip"][0]["history"], (79.0, 78.0)):
         entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": 0.7}
-    assert rows_of(results)["crop_flip"][3] == "80.5 / 79.0"
+    assert rows_of(results)["crop_flip"][1:4] == ["0.600 / 0.700", "+0.200", "80.5 / 79.0"]
     fewer = {"crop_flip_1epochs": [with_losses(validated([70.0], 1), [2.5], [1.5])]}
     other = {"crop_flip_bf16": [with_losses(validated([70.0, 80.0], 2, precision="bf16"), [2.5, 0.5], [1.5, 0.6])]}
     rows = rows_of(results | fewer | other)
@@ -443,6 +451,9 @@ def test_small_multiples_show_all_of_every_curve():
 def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then():
     five, seven = validated([70.0, 80.0, 79.0], 2), validated([70.0, 80.0, 79.0, 78.0], 2)
     results = Results({"batchnorm_patience5": [five], "batchnorm_patience7": [seven]})
+    assert restores_others(results).evidence == "both restore the same weights"
+    for entry in seven["history"]:
+        entry["seconds"] += 1.0  # the same training, done again
     assert restores_others(results).evidence == "both restore the same weights"
     results["batchnorm_patience7"] = [validated([71.0, 80.0, 79.0, 78.0], 2)]  # the same epoch of another training
     assert "restore different weights" in restores_others(results).evidence
@@ -819,6 +830,16 @@ def test_the_sweep_marks_dropout_after_the_pooling(finished):
         line = handles[labels.index("ours, after the pooling")][0]
         np.testing.assert_allclose(line.get_xydata(), [[0.6, expected]])
         assert axes.get_xlim()[1] > 0.6
+    results["dropout_after_pool_0.6"].append(after | {"seed": 1})
+    labels = q3_augment_dropout.figures(results)["dropout_sweep.png"].axes[0].get_legend_handles_labels()[1]
+    assert "ours (several seeds: ± standard deviation; one: 95 %)" in labels
+
+
+def test_the_command_of_figure_30_makes_the_seeds_of_every_rate(finished):
+    result = json.loads((finished[0] / "out/sample/q1/convnet_3epochs/seed0.json").read_text())
+    results = Results({"dropout_0.1": [result], "dropout_0.6": [result | {"seed": seed} for seed in (0, 1)]})
+    (row,) = (row for row in report.figure_rows("q3", results) if row[0] == "30")
+    assert row[-1].endswith("dropout_0.9 --sample --seeds 2`")
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
