@@ -5,8 +5,8 @@
     python q2_batchnorm_earlystop.py --patience 3 10      # more stopping rules, read from the same epochs
 
 The report: batch norm lifts test accuracy from 80.7 to 82.2 %; with early stopping, patience 7 reaches 85.8 %
-validation accuracy where patience 5 reaches 82.8. It prints 80.9 % on the first 1,000 test images for both, but shows
-patience 5 twice, so the other's is unknown. What we found: results/README.md
+validation accuracy where patience 5 reaches 82.8. It prints 80.9 % on the first 1,000 test images for both, but its two
+figures are one picture, of patience 5: what patience 7 reached on test is unknown. What we found: results/README.md
 
 These runs are two trajectories, one per network: each is trained once, to 50 epochs, and every epoch budget and
 stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.

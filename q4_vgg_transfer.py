@@ -13,9 +13,9 @@ its running statistics move. That is `frozen_train_mode`. Beside it, `frozen` ke
 always makes the same features of an image, so they are computed once, for every image and its mirror image, and the
 epochs train the head on those.
 
-Where ImageNet's weights could not be had, a backbone pretrained on Tiny-ImageNet stands in. It was trained on images of
-32 and 48 pixels, near CIFAR's size, and ImageNet's on 224: likely why it does far better, frozen, than the report's 61 to
-66 %, which it does not contradict.
+ImageNet's weights could not be downloaded for the results here; a backbone pretrained on Tiny-ImageNet stands in. It was
+trained on images of 32 and 48 pixels, near CIFAR's 32; ImageNet's was trained on 224. That is probably why, frozen, it
+does far better than the report's 61 to 66 %; it does not contradict them.
 """
 
 import functools

@@ -245,7 +245,7 @@ def same_trainings(pairs: Sequence[tuple[dict, dict]]) -> bool:
 
 
 def same_training(one: dict, other: dict) -> bool:
-    """Are both readings of one trajectory? One that was trained twice gives the same metrics, in another time."""
+    """Are both readings of one trajectory? Trained twice, it gives the same metrics; only the seconds differ."""
     return all(a == b for a, b in zip(metrics(one), metrics(other)))
 
 
@@ -937,15 +937,16 @@ def machines(summaries: Sequence[dict]) -> str:
     runs: dict[str, list[str]] = {}
     for summary in summaries:
         for run, places in summary["trained_on"].items():
+            part = ", in part" if len(places) > 1 else ""
             for place in places:
-                runs.setdefault(place, []).append(f"{run} ({summary['question']})")
+                runs.setdefault(place, []).append(f"{run} ({summary['question']}{part})")
     if not runs:
         return ""
     first, *others = sorted(runs, key=lambda place: len(runs[place]), reverse=True)
     if not others:
         return f"Trained on {first}."
     elsewhere = "; ".join(f"{', '.join(runs[place])}, on {place}" for place in others)
-    return f"Trained on {first}, but for {elsewhere}. Times compare on one machine alone."
+    return f"Trained on {first}, but for {elsewhere}. Compare times between runs of one machine alone."
 
 
 def outdated(root: Path, summary: dict) -> list[str]:
@@ -1024,8 +1025,8 @@ CIFAR-10, one seed each unless the table says more; some runs of ours beside the
 Accuracies are in percent. "-" has not been run, or the report prints no number.
 {machines}
 
-What became of the report's ten claims. "Without the noise of training": the interval tells what other test images would
-change, not yet what another seed would.
+What became of the report's ten claims. "Without the noise of training": one seed was trained; another might change this,
+and nothing here says yet by how much.
 """
 READING_HEAD = """Below: the report's figures in order, what its way of measuring is worth, and every question with all its runs.
 
@@ -1042,9 +1043,9 @@ zero; else it is *within noise*. A verdict is on the direction of a claim, not o
 1 asks for a validation loss that ends more than 5 % above its lowest, and claim 7 for a difference within ±2 points.
 Claim 2 is judged by smoothness alone: edges and colours are for the eye. A claim of several parts holds where all of them
 do, does not where one is reversed in an interval widened for as many comparisons (Bonferroni), and else is *not run* as
-long as one of them has not been. Runs are compared by their best weights, over the seeds that both have: test accuracies
-image by image, on all 10,000, validation accuracies as if of different images, which is cautious. The interval holds the
-noise of the images and that of training.
+long as one of them has not been. Accuracies are those of the best weights, over the seeds that all runs compared have: on
+the 10,000 test images one by one, on the validation images as if every run had its own, which is cautious. The loss gaps
+of claims 6 and 9 are the last epoch's. The interval holds the noise of the images and that of training.
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
 runs that share fewer it {borrowed}. Question 5

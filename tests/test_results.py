@@ -444,8 +444,25 @@ def test_small_multiples_show_all_of_every_curve():
         name: [with_losses(validated([70.0, 80.0], 2), [highest, 0.1], [1.4, 0.9])]
         for name, highest in (("baseline", 1.5), ("flip_p0.1", 2.0), ("crop_flip", 2.5))
     }
-    for axes in q3_augment_dropout.figures(Results(results))["augmentations.png"].axes[:3]:
+    for entry in results["crop_flip"][0]["history"]:
+        entry |= {"augmented_validation_accuracy": 79.0, "augmented_validation_loss": 0.7}
+    results["crop_flip"][0]["run"] = "crop_flip"  # the report's curves are of this one
+    panels = q3_augment_dropout.figures(Results(results))["augmentations.png"].axes[:3]
+    for axes in panels:
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 2.5
+    named = [text.get_text() for text in panels[0].get_legend().get_texts()]  # all lines, though the baseline has two
+    ours = ["training", "validation", "validation, augmented as in the report"]
+    assert named == [*ours, "report: training", "report: validation"]
+
+
+def test_one_training_in_two_questions_counts_once(finished, tmp_path):
+    result = json.loads((finished[0] / "out/sample/q1/convnet_3epochs/seed0.json").read_text())
+    for question, seconds in (("q1", 1.0), ("q2", 2.0)):  # trained in each
+        for entry in result["history"]:
+            entry["seconds"] = seconds
+        (tmp_path / question / "convnet").mkdir(parents=True)
+        (tmp_path / question / "convnet/seed0.json").write_text(json.dumps(result))
+    assert "median of 1 trainings" in report.general_practices(tmp_path)[0][1]
 
 
 def test_two_patiences_restore_the_same_weights_only_if_trained_alike_until_then():
@@ -716,7 +733,9 @@ def test_the_page_names_the_runs_that_another_machine_trained():
     q1 = {"question": "q1", "trained_on": {"convnet": ["A"]}}
     q3 = {"question": "q3", "trained_on": {"crop": ["A"], "flip": ["B"], "gray": ["A", "B"]}}
     assert report.machines([]) == "" and report.machines([q1]) == "Trained on A."
-    expected = "Trained on A, but for flip (q3), gray (q3), on B. Times compare on one machine alone."
+    expected = (
+        "Trained on A, but for flip (q3), gray (q3, in part), on B. Compare times between runs of one machine alone."
+    )
     assert report.machines([q1, q3]) == expected
 
 
