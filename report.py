@@ -1035,8 +1035,8 @@ does not tell which weights); so does the column beside its numbers. It validate
 4; so does "validation: report / ours", with the best epoch on those. Where its figure shows a number that its text prints
 otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
 chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
-standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; the machine sometimes
-did other work meanwhile.
+standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; it is longer where the
+machine did other work meanwhile.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
