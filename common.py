@@ -912,7 +912,7 @@ def check_result(result: dict, stem: str) -> None:
     if missing := {"run", "question"} - result.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     for machine in (*result["earlier_environments"], result["environment"]):
-        if missing := {"device", "precision"} - machine.keys():
+        if missing := {"device", "precision", "torch", "from_epoch"} - machine.keys():
             raise ValueError(f"an environment lacks {', '.join(sorted(missing))}")
 
 

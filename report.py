@@ -64,6 +64,20 @@ class Results(dict[str, list[dict]]):
         """The results of two runs, of every seed that both have."""
         return list(zip(*(by_seed.values() for by_seed in self.seeds_of(better, worse))))
 
+    def noise_of(self, *runs: str) -> list[list[dict]]:
+        """What tells how far seeds lie apart: the repeated settings, and these runs where they have several seeds of
+        settings that are not among those.
+        """
+        known = [weights_settings(found[0]) for found in self.repeated]
+        own = [self[run] for run in runs if len(self[run]) > 1 and weights_settings(self[run][0]) not in known]
+        return [*self.repeated, *own]
+
+
+def weights_settings(result: dict) -> dict:
+    """The settings but for the seed, the precision, and how far the training is followed."""
+    reading = ("seed", "precision", "epochs", "patience")
+    return {name: value for name, value in result["settings"].items() if name not in reading}
+
 
 # ---------------------------------------------------------------------------------------------- intervals, verdicts
 
@@ -126,8 +140,8 @@ def pooled_variance(groups: Sequence[np.ndarray]) -> Variance | None:
 def training_variance(differences: np.ndarray, repeated: Sequence[np.ndarray]) -> Variance | None:
     """Of the mean of `differences`, [seeds] or [seeds, images], between two runs: the part that training's chance adds.
 
-    Three seeds or more measure it themselves. Fewer take that of the `repeated` settings, twice, as a difference is of two
-    trainings. None where neither is there.
+    Three seeds or more measure it themselves. Fewer take that of the `repeated` settings (`Results.noise_of`), twice, as a
+    difference is of two trainings. None where neither is there.
     """
     own = len(differences) >= 3
     found = pooled_variance([differences] if own else repeated)
@@ -206,7 +220,8 @@ def paired_difference(
     points = 100.0 * np.array(correct)  # [seeds, 2, images]
     difference = points[:, 0] - points[:, 1]
     image_variance = difference.mean(0).var() / difference.shape[1]
-    repeated = [] if same_trainings(pairs) else [test_points(found, weights[0]) for found in results.repeated]
+    several = [] if same_trainings(pairs) else results.noise_of(better, worse)
+    repeated = [test_points(found, weights[0]) for found in several]
     training = training_variance(difference.mean(1), [points.mean(1) for points in repeated])
     if training:
         in_both = training_variance(difference, repeated).value / difference.shape[1]
@@ -232,7 +247,7 @@ def validation_difference(results: Results, better: str, worse: str) -> Differen
     image_variance = float((means * (100 - means)).sum()) / images
     if all(same_weights(*pair) for pair in pairs):
         image_variance = 0.0
-    repeated = () if same_trainings(pairs) else results.repeated
+    repeated = () if same_trainings(pairs) else results.noise_of(better, worse)
     training = training_variance(values, [np.array([*map(best_validation, found)]) for found in repeated])
     return make_difference(values, image_variance, training, [r for pair in pairs for r in pair])
 
@@ -725,9 +740,20 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
         f"{validation} / {mean_and_deviation(best)}",
         f"{test} / {mean_and_deviation(last)}",
         with_interval(found),
-        duration(sum(h["seconds"] for r in found for h in r["history"])),
+        time_taken(found),
         what,
     ]
+
+
+def time_taken(found: Sequence[dict], after: int = 0) -> str:
+    """By the epochs from `after` on, summed over seeds: one sum for every machine that trained some of them."""
+    seconds: dict[str, float] = {}
+    for result in found:
+        places = [*result["earlier_environments"], result["environment"]]
+        for h in result["history"][after:]:
+            device = [e["device"] for e in places if e["from_epoch"] <= h["epoch"]][-1]
+            seconds[device] = seconds.get(device, 0.0) + h["seconds"]
+    return "; ".join(f"{duration(spent)} on {device}" for device, spent in seconds.items())
 
 
 def layer_table(question: str, run: str, found: Sequence[dict]) -> Table:
@@ -933,20 +959,9 @@ def progress(summaries: Sequence[dict]) -> dict[str, int]:
 
 
 def machines(summaries: Sequence[dict]) -> str:
-    """Where the runs were trained, in a sentence that names those which were not trained where most were."""
-    runs: dict[str, list[str]] = {}
-    for summary in summaries:
-        for run, places in summary["trained_on"].items():
-            part = ", in part" if len(places) > 1 else ""
-            for place in places:
-                runs.setdefault(place, []).append(f"{run} ({summary['question']}{part})")
-    if not runs:
-        return ""
-    first, *others = sorted(runs, key=lambda place: len(runs[place]), reverse=True)
-    if not others:
-        return f"Trained on {first}."
-    elsewhere = "; ".join(f"{', '.join(runs[place])}, on {place}" for place in others)
-    return f"Trained on {first}, but for {elsewhere}. Compare times between runs of one machine alone."
+    """Where the runs were trained, in a sentence."""
+    places = sorted({place for summary in summaries for found in summary["trained_on"].values() for place in found})
+    return f"Trained on {' and on '.join(places)}." if places else ""
 
 
 def outdated(root: Path, summary: dict) -> list[str]:
@@ -1036,7 +1051,8 @@ does not tell which weights); so does the column beside its numbers. It validate
 otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
 chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
 standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; it is longer where the
-machine did other work meanwhile.
+machine did other work or other trainings meanwhile. Another kind of machine rounds differently, and draws other units
+for dropout; first weights, data order and augmentation are the same everywhere.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
@@ -1048,9 +1064,10 @@ the 10,000 test images one by one, on the validation images as if every run had 
 of claims 6 and 9 are the last epoch's. The interval holds the noise of the images and that of training.
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
-runs that share fewer it {borrowed}. Question 5
-borrows nothing, and neither do two readings of one training, such as two patiences: other settings' seeds do not tell how
-much these differ.
+runs that share fewer it {borrowed}. Where one
+of the two runs has several seeds of its own, those are pooled with these. Where training is less steady than in these
+settings, as with much dropout, the intervals of single seeds are too narrow. Question 5 borrows nothing, and neither do
+two readings of one training, such as two patiences: other settings' seeds do not tell how much these differ.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
@@ -1127,9 +1144,9 @@ def read_question(folder: Path, runs: Sequence[str], beside: dict[str, str]) -> 
 
 
 def trained_on(found: Sequence[dict]) -> list[str]:
-    """The machines of a run's seeds, and what the convolutions were computed in."""
+    """The machines of a run's seeds, and with what they computed."""
     environments = [e for result in found for e in (*result["earlier_environments"], result["environment"])]
-    return sorted({f"{e['device']} (convolutions in {e['precision']})" for e in environments})
+    return sorted({f"{e['device']} (convolutions in {e['precision']}, torch {e['torch']})" for e in environments})
 
 
 def repeated_results(root: Path) -> list[list[dict]]:

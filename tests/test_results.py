@@ -180,6 +180,21 @@ def test_the_noise_of_training_widens_the_interval_and_more_seeds_narrow_it():
     assert "2 seeds" in two.in_words() and "without the noise" not in two.in_words()
 
 
+def test_a_runs_own_seeds_count_towards_the_noise_of_training():
+    """At a high dropout rate two seeds lie far apart, and settings without dropout do not tell."""
+    repeated = [as_results(draw(0.8, 3, 5))]
+    calm, wild = as_results(draw(0.8, 1, 0)), as_results(np.concatenate([draw(0.5, 1, 1), draw(0.3, 1, 2)]))
+    for result in wild:
+        result["settings"] = result["settings"] | {"dropout": 0.6}
+    results = Results({"calm": calm, "wild": wild, "wild, one seed": wild[:1]}, repeated)
+    assert results.noise_of("calm", "wild") == [*repeated, wild]
+    assert results.noise_of("calm", "wild, one seed") == repeated
+    again = [r | {"settings": r["settings"] | {"epochs": 3, "patience": 5, "seed": 1}} for r in repeated[0]]
+    assert Results({"again": again}, repeated).noise_of("again") == repeated  # the same trainings, read otherwise
+    one, two = (paired_difference(results, "calm", run) for run in ("wild, one seed", "wild"))
+    assert one.value == two.value and two.error > 5 * one.error
+
+
 def test_what_training_adds_to_the_images_is_not_counted_twice():
     rng = np.random.default_rng(0)
     easy, hard, other = rng.normal(1.5, 2, (3, 10_000))
@@ -725,18 +740,25 @@ def test_the_page_shows_what_is_missing(tmp_path, capsys):
     assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
-def test_the_page_names_the_runs_that_another_machine_trained():
-    here, there = ({"device": device, "precision": "fp32"} for device in ("A", "B"))
-    assert report.trained_on([{"environment": here, "earlier_environments": []}]) == ["A (convolutions in fp32)"]
-    moved = [{"environment": here, "earlier_environments": [there]}, {"environment": here, "earlier_environments": []}]
-    assert report.trained_on(moved) == ["A (convolutions in fp32)", "B (convolutions in fp32)"]
-    q1 = {"question": "q1", "trained_on": {"convnet": ["A"]}}
-    q3 = {"question": "q3", "trained_on": {"crop": ["A"], "flip": ["B"], "gray": ["A", "B"]}}
-    assert report.machines([]) == "" and report.machines([q1]) == "Trained on A."
-    expected = (
-        "Trained on A, but for flip (q3), gray (q3, in part), on B. Compare times between runs of one machine alone."
-    )
-    assert report.machines([q1, q3]) == expected
+def test_the_page_names_all_machines_and_every_row_those_of_its_seconds():
+    def result(seconds: list[float], *devices: str) -> dict:
+        history = [{"epoch": epoch, "seconds": spent} for epoch, spent in enumerate(seconds, 1)]
+        places = [
+            {"device": device, "precision": "fp32", "torch": "2.14.1", "from_epoch": epoch}
+            for epoch, device in enumerate(devices, 1)
+        ]
+        return {"history": history, "earlier_environments": places[:-1], "environment": places[-1]}
+
+    alone, moved = result([60.0, 30.0, 30.0], "A"), result([10.0, 5.0, 5.0], "A", "B")  # the second epoch on B
+    assert report.time_taken([alone]) == "02:00 on A"
+    assert report.time_taken([alone, moved]) == "02:10 on A; 00:10 on B"
+    assert report.time_taken([moved], after=2) == "00:05 on B" and report.time_taken([alone], after=3) == ""
+    assert report.trained_on([alone]) == ["A (convolutions in fp32, torch 2.14.1)"]
+    q1 = {"trained_on": {"convnet": report.trained_on([alone])}}
+    q3 = {"trained_on": {"crop": report.trained_on([moved])}}
+    assert report.machines([]) == "" and report.machines([q1]) == "Trained on A (convolutions in fp32, torch 2.14.1)."
+    both = "Trained on A (convolutions in fp32, torch 2.14.1) and on B (convolutions in fp32, torch 2.14.1)."
+    assert report.machines([q3, q1]) == both
 
 
 def test_the_committed_page_is_what_the_results_give(tmp_path, capsys):
