@@ -8,19 +8,20 @@ The report: batch norm lifts test accuracy from 80.7 to 82.2 %; with early stopp
 validation accuracy where patience 5 reaches 82.8. It prints 80.9 % on the first 1,000 test images for both, but its two
 figures are one picture, of patience 5: what patience 7 reached on test is unknown. What we found: results/README.md
 
-These runs are two trajectories, one per network: each is trained once, to 50 epochs, and every epoch budget and
-stopping rule is read from it. Question 1's checkpoint is the first 20 epochs of one of them.
+These runs are two trajectories, one per network: each is trained once per seed, to 50 epochs, and every epoch budget
+and stopping rule is read from it (batch norm's seeds 1 and 2 have 20 epochs so far). Question 1's checkpoint is the
+first 20 epochs of one of them.
 
 With batch norm the training loss follows the report's to the width of the line, but validation accuracy jumps by points
-from one epoch to the next, in the report's curves as in ours. So where a patience ends is luck: the report's patience 7
-lasted until epoch 50; with seed 0, ours stopped two epochs after patience 5 and restored the same weights. What the last
-epoch's weights are worth is luck too: the best ones are safer.
+from one epoch to the next; in ours more than without batch norm, in the report's curves with and without. So where a
+patience ends is luck: the report's patience 7 lasted until epoch 50; with seed 0, ours stopped two epochs after
+patience 5 and restored the same weights. What the last epoch's weights are worth is luck too: the best ones are safer.
 
 With seed 0 batch norm has its best weights long after both patiences have ended its training, and they are clearly
 better on test: early stopping does not only save time here, it costs accuracy. Without batch norm the best weights are
-those that patience 5 finds, or no better, with each of three seeds. By epoch 50 weight decay has pulled nearly half of
-batch norm's first-layer filters to zero, the grey squares in the picture of batchnorm_full. The report's Figure 13 shows
-the same; without batch norm hardly a filter vanishes.
+those that patience 5 finds, or not measurably better on test, with each of three seeds. By epoch 50 weight decay has
+pulled nearly half of batch norm's first-layer filters to zero, the grey squares in the picture of batchnorm_full. The
+report's Figure 13 shows the same; without batch norm hardly a filter vanishes.
 """
 
 import math

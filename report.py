@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from urllib.parse import quote
 
@@ -473,11 +474,12 @@ def distance(figure: dict, found: Sequence[dict], name: str) -> float | None:
     """Mean absolute difference of a curve from the report's, over the epochs both have; mean over seeds."""
     if name not in figure:
         return None
-    apart = [
-        statistics.mean(abs(ours - theirs) for ours, theirs in zip(as_the_report_validates(r, name), figure[name]))
-        for r in found
-    ]
-    return statistics.mean(apart)
+    return statistics.mean(mean_distance(as_the_report_validates(r, name), figure[name]) for r in found)
+
+
+def mean_distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean absolute difference over the epochs both have."""
+    return statistics.mean(abs(a - b) for a, b in zip(one, other))
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -736,7 +738,7 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     last = [test_accuracy(r, "last", "report_images") for r in found]
     return [
         run,
-        ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in found),
+        best_epochs(found),
         f"{validation} / {mean_and_deviation(best)}",
         f"{test} / {mean_and_deviation(last)}",
         with_interval(found),
@@ -745,15 +747,32 @@ def run_row(run: str, found: list[dict], numbers: dict, what: str) -> list[str]:
     ]
 
 
+def best_epochs(found: Sequence[dict]) -> str:
+    """Of every seed; which seeds these are is said where one before the last is missing."""
+    text = ", ".join(f"{r['best_epoch']} of {len(r['history'])}" for r in found)
+    seeds = [r["seed"] for r in found]
+    return text if seeds == [*range(len(seeds))] else f"{text} ({seeds_in_words(seeds)})"
+
+
 def time_taken(found: Sequence[dict], after: int = 0) -> str:
     """By the epochs from `after` on, summed over seeds: one sum for every machine that trained some of them."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, dict[int, float]] = {}  # by machine and seed
     for result in found:
         places = [*result["earlier_environments"], result["environment"]]
         for h in result["history"][after:]:
             device = [e["device"] for e in places if e["from_epoch"] <= h["epoch"]][-1]
-            seconds[device] = seconds.get(device, 0.0) + h["seconds"]
-    return "; ".join(f"{duration(spent)} on {device}" for device, spent in seconds.items())
+            of_seed = seconds.setdefault(device, {})
+            of_seed[result["seed"]] = of_seed.get(result["seed"], 0.0) + h["seconds"]
+    which = {device: f" ({seeds_in_words(by_seed)})" if len(found) > 1 else "" for device, by_seed in seconds.items()}
+    return "; ".join(
+        f"{duration(sum(by_seed.values()))} on {device}{which[device]}" for device, by_seed in seconds.items()
+    )
+
+
+def seeds_in_words(seeds: Iterable[int]) -> str:
+    """ "seed 2" or "seeds 0, 2"."""
+    numbers = [str(seed) for seed in seeds]
+    return f"seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
 
 def layer_table(question: str, run: str, found: Sequence[dict]) -> Table:
@@ -938,7 +957,7 @@ def write_page(root: Path, sample: bool) -> None:
         lines += [*verdict_table(summaries), READING_HEAD, noise_of_training(root)]
         rows = [row for summary in summaries for row in summary["figures"]]
         head = ["Figure", "shows", "ours", "mean distance of our curves; single numbers: report / ours", "command"]
-        lines += ["## The report's figures, in order", "", figures_head(), *markdown_table([head, *rows])]
+        lines += ["## The report's figures, in order", "", figures_head(root), *markdown_table([head, *rows])]
         rows = [[*row, judging("q1")] for row in general_practices(root)]
         for summary in summaries:
             rows += [[*row, judging(summary["question"])] for row in summary["practices"]]
@@ -988,9 +1007,18 @@ def load_summary(path: Path) -> dict:
     return summary
 
 
-def figures_head() -> str:
-    one, other = (f["validation_accuracy"] for f in the_report()["figures"] if f["figure"] in ("1b", "5"))
-    return FIGURES_HEAD.format(apart=statistics.mean(abs(a - b) for a, b in zip(one, other)))
+def figures_head(root: Path) -> str:
+    """With a measure of the distances: those between trainings of question 1's network, the report's and ours."""
+    theirs = {f["figure"]: f["validation_accuracy"] for f in the_report()["figures"] if f["figure"] in ("1b", "5", "9")}
+    apart = ", ".join(
+        f"{mean_distance(theirs[one], theirs[other]):.1f} (Figures {one} and {other})"
+        for one, other in combinations(theirs, 2)
+    )
+    ours = [[h["validation_accuracy"] for h in r["history"]] for r in load_results(root / "q1" / "convnet")]
+    if len(ours) > 1:
+        pairs = [mean_distance(*pair) for pair in combinations(ours, 2)]
+        apart += f"; our seeds are {min(pairs):.1f} to {max(pairs):.1f} apart"
+    return FIGURES_HEAD.format(apart=apart)
 
 
 def noise_of_training(root: Path) -> str:
@@ -1004,7 +1032,7 @@ def noise_of_training(root: Path) -> str:
     if spread := pooled_variance(groups):
         pooled = f"{math.sqrt(spread.value):.2f} points of test accuracy with {spread.df} degrees of freedom"
         borrowed = (
-            f"is taken from the settings of questions 1 to 3 that have several seeds: {', '.join(measured)}; {pooled}"
+            f"is taken from settings of questions 1 to 3 that were repeated for it: {', '.join(measured)}; {pooled}"
         )
     else:
         runs = ", ".join(f"{run} ({question})" for question, run in REPEATED)
@@ -1037,10 +1065,10 @@ Written by the question scripts from the JSON files beside it; do not edit.
 
 **Scope.** The report's runs, {done} of {total} so far, trained with the settings of its published code on the official
 CIFAR-10, one seed each unless the table says more; some runs of ours beside them, and question 5 beyond it.
-Accuracies are in percent. "-" has not been run, or the report prints no number.
+Accuracies are in percent. "-" has not been run, is not in the report, or does not apply.
 {machines}
 
-What became of the report's ten claims. "Without the noise of training": one seed was trained; another might change this,
+What became of the report's ten claims. "Without the noise of training": judged on one seed; another might change this,
 and nothing here says yet by how much.
 """
 READING_HEAD = """Below: the report's figures in order, what its way of measuring is worth, and every question with all its runs.
@@ -1051,8 +1079,8 @@ does not tell which weights); so does the column beside its numbers. It validate
 otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
 chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
 standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; it is longer where the
-machine did other work or other trainings meanwhile. Another kind of machine rounds differently, and draws other units
-for dropout; first weights, data order and augmentation are the same everywhere.
+machine did other work or other trainings meanwhile. Runs of one seed have the same first weights, data order and
+augmentation on every machine; another kind of machine rounds differently, and draws other units for dropout.
 
 **Verdicts.** A claim about a difference *holds* or *does not hold* where the 95 % interval of the difference excludes
 zero; else it is *within noise*. A verdict is on the direction of a claim, not on the size of the numbers in it; but claim
@@ -1066,13 +1094,14 @@ of claims 6 and 9 are the last epoch's. The interval holds the noise of the imag
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
 runs that share fewer it {borrowed}. Where one
 of the two runs has several seeds of its own, those are pooled with these. Where training is less steady than in these
-settings, as with much dropout, the intervals of single seeds are too narrow. Question 5 borrows nothing, and neither do
+settings, as with much dropout, intervals of one or two seeds are too narrow. Question 5 borrows nothing, and neither do
 two readings of one training, such as two patiences: other settings' seeds do not tell how much these differ.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
-it: the report's own two trainings of question 1's network, Figures 1 and 5, are {apart:.1f} points apart. "read ±" is the
-standard error of reading the curve off the report's figure (`report.json` says how); smoothness is that of claim 2.
+it: the report's own trainings of question 1's network are so many points of accuracy apart: {apart}.
+"read ±" is the standard error of reading the curve off the report's figure (`report.json` says how); smoothness is that
+of claim 2.
 """
 PRACTICES_HEAD = """The authors published their code, which is why we can know. None of this is unusual in a course's homework, and each is
 worth knowing when numbers are compared.

@@ -343,16 +343,22 @@ def test_filter_criterion(tmp_path):
     noise, ramp = rng.normal(size=(128, 3, 3, 3)), np.tile([[1.0, 0, -1]], (128, 3, 3, 1))
     (tmp_path / "convnet").mkdir()
 
-    def found(before, after):
-        arrays = {"before": before, "last": after, "step_losses": np.zeros((1, 1))}
-        np.savez_compressed(tmp_path / "convnet/seed0.npz", **arrays)
-        return filters_become_smooth("convnet")(Results({"convnet": [{"seed": 0}]}, folder=tmp_path))
+    def found(*seeds):
+        for seed, (before, after) in enumerate(seeds):
+            arrays = {"before": before, "last": after, "step_losses": np.zeros((1, 1))}
+            np.savez_compressed(tmp_path / f"convnet/seed{seed}.npz", **arrays)
+        results = Results({"convnet": [{"seed": seed} for seed in range(len(seeds))]}, folder=tmp_path)
+        return filters_become_smooth("convnet")(results)
 
-    assert found(noise, noise + ramp).verdict == "holds"
-    assert "the report's own filters: before 33.0 %, after 46.7 %" in found(noise, noise + ramp).evidence
-    assert found(noise, noise).verdict == "within noise"
-    assert found(noise + ramp, noise).verdict == "does not hold"
-    assert found(noise + 0.3 * ramp, noise + ramp).verdict == "within noise"  # no white noise before
+    smoother = found((noise, noise + ramp))
+    assert smoother.verdict == "holds" and smoother.lacks_training
+    assert "the report's own filters: before 33.0 %, after 46.7 %" in smoother.evidence
+    assert found((noise, noise)).verdict == "within noise"
+    assert found((noise + ramp, noise)).verdict == "does not hold"
+    assert found((noise + 0.3 * ramp, noise + ramp)).verdict == "within noise"  # no white noise before
+    both = found((noise, noise + ramp), (noise, noise + 2 * ramp))
+    assert both.verdict == "holds" and not both.lacks_training and "; seed 1: before" in both.evidence
+    assert found((noise, noise + ramp), (noise, noise)).verdict == "within noise"
     assert filters_become_smooth("convnet")(Results({})).verdict == "not run"
 
 
@@ -750,8 +756,9 @@ def test_the_page_names_all_machines_and_every_row_those_of_its_seconds():
         return {"history": history, "earlier_environments": places[:-1], "environment": places[-1]}
 
     alone, moved = result([60.0, 30.0, 30.0], "A"), result([10.0, 5.0, 5.0], "A", "B")  # the second epoch on B
+    alone["seed"], moved["seed"] = 0, 2
     assert report.time_taken([alone]) == "02:00 on A"
-    assert report.time_taken([alone, moved]) == "02:10 on A; 00:10 on B"
+    assert report.time_taken([alone, moved]) == "02:10 on A (seeds 0, 2); 00:10 on B (seed 2)"
     assert report.time_taken([moved], after=2) == "00:05 on B" and report.time_taken([alone], after=3) == ""
     assert report.trained_on([alone]) == ["A (convolutions in fp32, torch 2.14.1)"]
     q1 = {"trained_on": {"convnet": report.trained_on([alone])}}
