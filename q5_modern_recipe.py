@@ -7,7 +7,7 @@
 
 The report's best ConvNet reaches 84.6 % after 30 epochs (crop and flip, without batch norm). How far does the same
 network with batch norm get, its 7,682,826 parameters unchanged, with what has been learnt since, and how fast? `fast`
-is for minutes, `strong` for about an hour. What we found: results/README.md
+is for minutes, `strong` for about an hour on two cores. What we found: results/README.md
 
 The recipe follows airbench (K. Jordan, https://github.com/KellerJordan/cifar10-airbench): Muon for the convolutions and
 SGD for the rest, their learning rates linear to zero over all steps, label smoothing, flips and small shifts. Its
