@@ -31,7 +31,8 @@ from common import (
     stopping_epoch,
     train,
 )
-from machine import UserError
+from machine import UserError, choose_device, choose_precision
+from q3_augment_dropout import AUGMENTATIONS, MIXTURE
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(  # all that is random or has a state of its own; batches of 80 and 40
@@ -52,8 +53,8 @@ def follow(small, folder, **changes):
     return trained(Run("test", dataclasses.replace(SETTINGS, **changes)), small, folder)
 
 
-def trained(run, data, folder):
-    return train(run, build(run, CPU), data, CPU, folder / f"{run.settings.key()}.pt")
+def trained(run, data, folder, device=CPU):
+    return train(run, build(run, device), data, device, folder / f"{run.settings.key()}.pt")
 
 
 def network(**changes):
@@ -86,6 +87,14 @@ def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path)
     assert_same_training(follow(small, tmp_path), two_epochs[1])
     other = follow(small, tmp_path, seed=1, epochs=1)
     assert numbers(other)[0]["train_loss"] != numbers(two_epochs[1])[0]["train_loss"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_a_gpu_repeats_itself_too(small, tmp_path):
+    device = choose_device("cuda")
+    settings = dataclasses.replace(SETTINGS, precision=choose_precision("auto", device), augment=AUGMENTATIONS[MIXTURE])
+    run, data = Run("test", settings), {part: split.to(device) for part, split in small.items()}
+    assert_same_training(*(trained(run, data, tmp_path / folder, device) for folder in ("one", "other")))
 
 
 def test_training_is_augmented_anew_every_epoch_and_the_validation_that_counts_never(small, tmp_path, monkeypatch):
