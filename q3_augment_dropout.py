@@ -16,8 +16,8 @@ report's code drops units before the pooling; two runs of ours, `dropout_after_p
 
 Crop + flip comes to the report's validation accuracy where validation images are augmented, as they are there; on the
 images as they are it is higher. Crop alone does as well on the test images, and grayscale, blur and jitter on top add
-nothing that one seed can tell. Crop, grayscale and the mixtures are harder to validate on than the images as they are;
-flips are not. The report's text and its Figure 26 disagree about the mixture's best validation accuracy: ours is near
+nothing that one seed can tell. Cropped, grey and mixed validation images are harder than the images as they are;
+flipped ones are not. The report's text and its Figure 26 disagree about the mixture's best validation accuracy: ours is near
 the figure's on augmented images, and near the text's on the images as they are. With all that crop, validation loss
 hardly rises at the end, where the baseline's is far above its lowest. Grayscale alone follows Figure 22 closely, and
 overfits as the baseline does.

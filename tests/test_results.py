@@ -746,6 +746,13 @@ def test_the_page_shows_what_is_missing(tmp_path, capsys):
     assert "after. | **not run** |" in text and "| 5 | losses, validation and test accuracy, ConvNet" in text
 
 
+def test_a_row_says_which_seeds_it_has_where_one_is_missing():
+    found = [{"seed": seed, "best_epoch": 3, "history": [{}] * 5} for seed in range(3)]
+    assert report.best_epochs(found) == "3 of 5, 3 of 5, 3 of 5" and report.best_epochs(found[:1]) == "3 of 5"
+    assert report.best_epochs(found[::2]) == "3 of 5, 3 of 5 (seeds 0, 2)"
+    assert report.best_epochs(found[1:2]) == "3 of 5 (seed 1)"
+
+
 def test_the_page_names_all_machines_and_every_row_those_of_its_seconds():
     def result(seconds: list[float], *devices: str) -> dict:
         history = [{"epoch": epoch, "seconds": spent} for epoch, spent in enumerate(seconds, 1)]
