@@ -10,12 +10,29 @@ from torch import nn
 
 import machine
 from common import ConvNet
-from machine import Conv2d, ConvolutionAsProduct, Directions, Dropout, ProductRule, fast_convolutions, image_patches
+from machine import (
+    Conv2d,
+    ConvolutionAsProduct,
+    Directions,
+    Dropout,
+    ProductRule,
+    choose_device,
+    fast_convolutions,
+    image_patches,
+)
 from q4_vgg_transfer import VGG11
 
 BATCH = 2
 ODD = [(3, 5, 7, 5, 3), (4, 2, 1, 1, 3), (2, 3, 3, 6, 5), (2, 4, 5, 5, 1)]  # C_in, C_out, height, width, kernel size
 EVERY = [Directions(*chosen) for chosen in itertools.product((False, True), repeat=3)]
+
+
+def test_a_cpu_counts_subnormal_numbers_as_zero():
+    torch.set_flush_denormal(False)
+    small = torch.full((8,), 1e-39)
+    assert (small * 1.0 > 0).all()
+    choose_device("cpu")
+    assert (small * 1.0 == 0).all() and (torch.full((8,), 2e-38) * 1.0 > 0).all()
 
 
 def shapes_of(model: nn.Module) -> set[tuple[int, int, int, int, int]]:
