@@ -1,7 +1,7 @@
 """Question 1: a convolutional network for CIFAR-10.
 
     python q1_convnet.py            # 20 epochs on the full CIFAR-10, downloaded into data/
-    python q1_convnet.py --sample   # a minute or two, the bundled images
+    python q1_convnet.py --sample   # minutes, the bundled images
 
 The report: validation loss is lowest near epoch 11 and then rises while the training loss falls (overfitting); the
 network has 7,678,474 parameters; its first-layer filters look like white noise before training and show edges and
