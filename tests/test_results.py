@@ -312,7 +312,8 @@ def with_history(**curves: list[float]) -> dict:
     """A result with these entries over epochs."""
     epochs = range(len(next(iter(curves.values()))))
     history = [{"epoch": e + 1} | {name: values[e] for name, values in curves.items()} for e in epochs]
-    return {"seed": 0, "history": history, "settings": {"data": "cifar10", "precision": "fp32"}}
+    places = {"earlier_environments": [], "environment": {"device": "A", "from_epoch": 1}}
+    return {"seed": 0, "history": history, "settings": {"data": "cifar10", "precision": "fp32"}} | places
 
 
 def test_overfitting_criterion():
@@ -512,7 +513,7 @@ def test_the_table_of_stopping_rules():
     )
     ((_, stopped, never, unstopped, alone),) = q2_batchnorm_earlystop.tables(results)  # by network and patience
     assert stopped[:5] == ["convnet_patience2", "5", "2", "80.0 / 80.50", "78.0 / 79.25"]
-    assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10" and stopped[7].startswith("+5.00 [+")
+    assert stopped[5].startswith("+1.25 [+0.") and stopped[6] == "1, 00:10 on A" and stopped[7].startswith("+5.00 [+")
     assert stopped[8] == "python q2_batchnorm_earlystop.py --only convnet_patience2 --patience 2"
     assert never[:3] == ["convnet_patience10", "6 (did not stop)", "6"]
     assert unstopped[:3] == ["convnet_full", "6", "6"]
@@ -853,6 +854,7 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
                 changed = text.replace('"question": "q1"', f'"question": "{question.__name__[:2]}"')
                 changed = changed.replace('"dropout": 0.0', f'"dropout": {dropout}').replace("convnet_3epochs", name)
                 (folder / f"seed{seed}.json").write_text(changed.replace('"seed": 0', f'"seed": {seed}'))
+            shutil.copy(folder / "seed0.npz", folder / "seed1.npz")
         question.main(["--sample", "--replot", "--output-dir", str(tmp_path)])
     figures = {path.name for path in tmp_path.glob("sample/q?/*.png")}
     assert figures >= {
