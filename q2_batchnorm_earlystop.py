@@ -280,9 +280,12 @@ def last_epoch(results: Results) -> str:
 
 def ties(network: str, results: Results) -> str:
     """Where patience 5 stops, and where it would if a tie counted."""
-    accuracies = [h["validation_accuracy"] for h in results[f"{network}_full"][0]["history"]]
+    first = results[f"{network}_full"][0]
+    accuracies = [h["validation_accuracy"] for h in first["history"]]
     ends, counted = (stopping_epoch(accuracies, len(accuracies), 5, ties_count) for ties_count in (False, True))
-    return f"{network}, patience 5: ends after epoch {ends}; if a tie counted, after epoch {counted}"
+    return (
+        f"{network}, patience 5, seed {first['seed']}: ends after epoch {ends}; if a tie counted, after epoch {counted}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- main

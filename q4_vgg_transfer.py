@@ -16,8 +16,7 @@ epochs train the head on those.
 ImageNet's weights could not be downloaded for the results here; a backbone pretrained on Tiny-ImageNet stands in. It
 was trained on images of 32 and 48 pixels, near CIFAR's 32; ImageNet's was trained on 224. That is probably why, frozen,
 it does far better than the report's 61 to 66 %, of which it says nothing. Fine-tuned it is best, above the same network
-from scratch, and frozen in training mode it is below question 1's network: the report's order. Frozen in evaluation
-mode, one seed tells no difference from question 1's network.
+from scratch, and frozen in training mode it is below question 1's network: the report's order.
 
 From scratch our training loss lies on Figure 33a's but for the first seven epochs, where it is higher and validation
 accuracy lower; the best validation accuracies are half a point apart. On the report's test images ours is lower, our

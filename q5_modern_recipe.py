@@ -179,10 +179,10 @@ def figures(results: Results) -> dict[str, Figure]:
     if not {"fast", "strong"} & set(timed):
         return {}
     first = results[timed[0]][0]
-    machine = first["environment"]["device"]  # others' minutes are not comparable
+    machine = first["environment"]["device"]
     figure, axes = new_axes(title(first, f"accuracy over time, on {machine}"), "accuracy (%)")
     for run in timed:
-        if found := [r for r in results[run] if r["environment"]["device"] == machine]:
+        if found := [r for r in results[run] if machines_of(r) == {machine}]:
             plot_over_minutes(axes, run, found)
     if not is_sample(first):
         best = reported("q3", "crop_flip")["test"]
@@ -191,6 +191,11 @@ def figures(results: Results) -> dict[str, Figure]:
     axes.set(xlabel="minutes of training, evaluation included", xlim=(0, None))
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return {"time.png": figure}
+
+
+def machines_of(result: dict) -> set[str]:
+    """The devices of all parts of a training: another's minutes are not comparable."""
+    return {part["device"] for part in (*result["earlier_environments"], result["environment"])}
 
 
 def plot_over_minutes(axes, run: str, found: Sequence[dict]) -> None:

@@ -43,6 +43,8 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)  # two-sided 95 % of the normal dis
 Interval = tuple[float, float]
 # The settings whose seeds measure the noise of training: question and run.
 REPEATED = (("q1", "convnet"), ("q2", "batchnorm"), ("q3", "crop_flip"))
+# A run whose seeds lie this many times as far apart as those of the repeated settings is told by its own alone.
+UNSTEADY = 3.0
 
 
 class Results(dict[str, list[dict]]):
@@ -65,13 +67,18 @@ class Results(dict[str, list[dict]]):
         """The results of two runs, of every seed that both have."""
         return list(zip(*(by_seed.values() for by_seed in self.seeds_of(better, worse))))
 
-    def noise_of(self, *runs: str) -> list[list[dict]]:
-        """What tells how far seeds lie apart: the repeated settings, and these runs where they have several seeds of
-        settings that are not among those.
+    def noise_of(
+        self, runs: Sequence[str], measure: Callable[[dict], float]
+    ) -> tuple[list[list[dict]], list[list[dict]]]:
+        """The results that tell how far seeds lie apart in `measure`. First those that are pooled: of the repeated settings,
+        and of these runs where they have several seeds of other settings. Then those of the unsteady ones among these runs.
         """
         known = [weights_settings(found[0]) for found in self.repeated]
         own = [self[run] for run in runs if len(self[run]) > 1 and weights_settings(self[run][0]) not in known]
-        return [*self.repeated, *own]
+        usual = pooled_variance(values_of(self.repeated, measure))
+        limit = UNSTEADY**2 * usual.value if usual else math.inf
+        unsteady = [found for found in own if np.var([*map(measure, found)], ddof=1) > limit]
+        return [*self.repeated, *(found for found in own if found not in unsteady)], unsteady
 
 
 def weights_settings(result: dict) -> dict:
@@ -123,30 +130,45 @@ class Variance:
     """An estimated variance, and its degrees of freedom."""
 
     value: float
-    df: int
+    df: float
 
 
-def pooled_variance(groups: Sequence[np.ndarray]) -> Variance | None:
-    """Between the seeds of a setting, pooled over settings; None below 2 degrees of freedom.
+def values_of(groups: Sequence[Sequence[dict]], measure: Callable[[dict], float | np.ndarray]) -> list[np.ndarray]:
+    """For every group of results, one per seed: [seeds], or [seeds, images]."""
+    return [np.array([*map(measure, found)]) for found in groups]
+
+
+def pooled_variance(groups: Sequence[np.ndarray], least_df: int = 2) -> Variance | None:
+    """Between the seeds of a setting, pooled over settings; None below so many degrees of freedom.
 
     groups: for every setting [seeds], or [seeds, images], of which it is the mean over images.
     """
     df = sum(len(values) - 1 for values in groups)
-    if df < 2:
+    if df < least_df:
         return None
     squares = sum(((values - values.mean(0)) ** 2).sum(0) for values in groups)
     return Variance(float(np.mean(squares)) / df, df)
 
 
-def training_variance(differences: np.ndarray, repeated: Sequence[np.ndarray]) -> Variance | None:
+def training_variance(
+    differences: np.ndarray, pooled: Sequence[np.ndarray], unsteady: Sequence[np.ndarray] = ()
+) -> Variance | None:
     """Of the mean of `differences`, [seeds] or [seeds, images], between two runs: the part that training's chance adds.
 
-    Three seeds or more measure it themselves. Fewer take that of the `repeated` settings (`Results.noise_of`), twice, as a
-    difference is of two trainings. None where neither is there.
+    Three seeds or more measure it themselves. With fewer it is the sum of two trainings' (`Results.noise_of`): of an
+    unsteady run by its own seeds, of any other by the pooled ones; the degrees of freedom of a sum are Satterthwaite's
+    (1946). None where too little is there.
     """
-    own = len(differences) >= 3
-    found = pooled_variance([differences] if own else repeated)
-    return found and Variance((1 if own else 2) * found.value / len(differences), found.df)
+    if len(differences) >= 3:
+        parts = [pooled_variance([differences])]
+    else:
+        parts = [pooled_variance([values], least_df=1) for values in unsteady]
+        if len(parts) < 2 and (usual := pooled_variance(pooled)):
+            parts.append(Variance((2 - len(parts)) * usual.value, usual.df))
+        elif len(parts) < 2:
+            return None
+    value, weights = sum(part.value for part in parts), sum(part.value**2 / part.df for part in parts)
+    return Variance(value / len(differences), value**2 / weights if weights else parts[0].df)
 
 
 @dataclass(frozen=True)
@@ -204,35 +226,40 @@ def make_difference(
 
 
 def paired_difference(
-    results: Results, better: str, worse: str, weights: tuple[str, str] = ("best", "best")
+    results: Results,
+    better: str,
+    worse: str,
+    weights: tuple[str, str] = ("best", "best"),
+    seeds: Collection[int] | None = None,
 ) -> Difference | None:
     """Difference in accuracy on all test images, in points, image by image; None where the runs share no seed.
 
     The images are taken as a sample of all images one could ask about. `weights` says which weights of each run are
-    compared, "best" or "last"; of two runs, the same of both.
+    compared, "best" or "last"; of two runs, the same of both. seeds: of those that both have, only these.
 
     An image's difference varies because images do, and because another training gets other images right. The latter is
     in the noise of training too, and counts once; but three seeds that agree by chance do not take it off.
     """
-    pairs = results.pairs_of(better, worse)
+    pairs = [pair for pair in results.pairs_of(better, worse) if seeds is None or pair[0]["seed"] in seeds]
     if not pairs:
         return None
     correct = [[correct_images(r["test"][which]) for r, which in zip(pair, weights)] for pair in pairs]
     points = 100.0 * np.array(correct)  # [seeds, 2, images]
     difference = points[:, 0] - points[:, 1]
     image_variance = difference.mean(0).var() / difference.shape[1]
-    several = [] if same_trainings(pairs) else results.noise_of(better, worse)
-    repeated = [test_points(found, weights[0]) for found in several]
-    training = training_variance(difference.mean(1), [points.mean(1) for points in repeated])
+    in_percent = functools.partial(test_accuracy, weights=weights[0])
+    noise = ([], []) if same_trainings(pairs) else results.noise_of((better, worse), in_percent)
+    by_image = [values_of(groups, functools.partial(test_points, weights=weights[0])) for groups in noise]
+    training = training_variance(difference.mean(1), *([points.mean(1) for points in groups] for groups in by_image))
     if training:
-        in_both = training_variance(difference, repeated).value / difference.shape[1]
+        in_both = training_variance(difference, *by_image).value / difference.shape[1]
         image_variance = max(0.0, image_variance - min(in_both, training.value))
     return make_difference(difference.mean(1), image_variance, training, [r for pair in pairs for r in pair])
 
 
-def test_points(found: Sequence[dict], weights: str) -> np.ndarray:
-    """100 for every test image that these weights get right, 0 for the others, [seeds, images]."""
-    return 100.0 * np.array([correct_images(r["test"][weights]) for r in found])
+def test_points(result: dict, weights: str) -> np.ndarray:
+    """100 for every test image that these weights get right, 0 for the others, [images]."""
+    return 100.0 * correct_images(result["test"][weights])
 
 
 def validation_difference(results: Results, better: str, worse: str) -> Difference | None:
@@ -248,8 +275,8 @@ def validation_difference(results: Results, better: str, worse: str) -> Differen
     image_variance = float((means * (100 - means)).sum()) / images
     if all(same_weights(*pair) for pair in pairs):
         image_variance = 0.0
-    repeated = () if same_trainings(pairs) else results.noise_of(better, worse)
-    training = training_variance(values, [np.array([*map(best_validation, found)]) for found in repeated])
+    noise = ([], []) if same_trainings(pairs) else results.noise_of((better, worse), best_validation)
+    training = training_variance(values, *(values_of(groups, best_validation) for groups in noise))
     return make_difference(values, image_variance, training, [r for pair in pairs for r in pair])
 
 
@@ -289,11 +316,11 @@ def mean_test_accuracy(found: Sequence[dict]) -> float:
     return statistics.mean(map(test_accuracy, found))
 
 
-def test_interval(found: Sequence[dict], weights: str = "best") -> Interval:
+def test_interval(found: Sequence[dict]) -> Interval:
     """Around a run's accuracy on all test images: Wilson's of one seed, a standard deviation each way of several."""
-    values = [test_accuracy(r, weights) for r in found]
+    values = [*map(test_accuracy, found)]
     if len(values) == 1:
-        correct = correct_images(found[0]["test"][weights])
+        correct = correct_images(found[0]["test"]["best"])
         return wilson_interval(int(correct.sum()), len(correct))
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     return mean - deviation, mean + deviation
@@ -678,10 +705,10 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
-def with_interval(found: Sequence[dict], weights: str = "best") -> str:
+def with_interval(found: Sequence[dict]) -> str:
     """Accuracy on all test images: "78.70 [77.9, 79.5]", or with several seeds "78.70 ± 0.41"."""
-    text = mean_and_deviation([test_accuracy(r, weights) for r in found], 2)
-    return f"{text} [{{:.1f}}, {{:.1f}}]".format(*test_interval(found, weights)) if len(found) == 1 else text
+    text = mean_and_deviation([*map(test_accuracy, found)], 2)
+    return f"{text} [{{:.1f}}, {{:.1f}}]".format(*test_interval(found)) if len(found) == 1 else text
 
 
 def command(question: str, run: str, found: Sequence[dict] = (), declared: bool = True, sample: bool = False) -> str:
@@ -710,8 +737,8 @@ def further_options(run: str, found: Sequence[dict], declared: bool, sample: boo
         options += f" --weights {shlex.quote(settings['weights'].rsplit(' sha256:')[0])}"
     if settings["data"] != "cifar10":
         options += " --sample"
-    if len(found) > 1:
-        options += f" --seeds {max(r['seed'] for r in found) + 1}"
+    if last := max(r["seed"] for r in found):
+        options += f" --seeds {last + 1}"
     return options
 
 
@@ -845,7 +872,8 @@ def distances(figure: dict, run: str, results: Results) -> str:
             report_filters()[figure["filters"]],
             load_arrays(results.folder / run, found[0])[figure["filters"]],
         )
-        parts.append(f"smoothness {100 * smoothness(theirs).mean():.1f} / {100 * smoothness(ours).mean():.1f} %")
+        apart = f"{100 * smoothness(theirs).mean():.1f} / {100 * smoothness(ours).mean():.1f} %"
+        parts.append(f"smoothness {apart}" + f" (seed {found[0]['seed']})" * (len(found) > 1))
     return "; ".join(parts)
 
 
@@ -1037,7 +1065,7 @@ def noise_of_training(root: Path) -> str:
     else:
         runs = ", ".join(f"{run} ({question})" for question, run in REPEATED)
         borrowed = f"is to be measured by further seeds of {runs}; until then their intervals lack it, and say so"
-    return NOISE.format(borrowed=borrowed)
+    return NOISE.format(borrowed=borrowed, unsteady=UNSTEADY)
 
 
 def verdict_table(summaries: Sequence[dict]) -> list[str]:
@@ -1093,9 +1121,11 @@ of claims 6 and 9 are the last epoch's. The interval holds the noise of the imag
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
 runs that share fewer it {borrowed}. Where one
-of the two runs has several seeds of its own, those are pooled with these. Where training is less steady than in these
-settings, as with much dropout, intervals of one or two seeds are too narrow. Question 5 borrows nothing, and neither do
-two readings of one training, such as two patiences: other settings' seeds do not tell how much these differ.
+of the two runs has several seeds of its own, those are pooled with these; where they lie more than {unsteady:g} times as
+far apart, they alone tell that run's noise, and if they are two, the interval is very wide, for two tell little. An
+unsteady run of one seed cannot be told from a steady one: with much dropout, the intervals of one seed are too narrow.
+Question 5 takes nothing from these settings. Two readings of one training, such as two patiences, take nothing from
+anywhere: other trainings do not tell how much these differ.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of

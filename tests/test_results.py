@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 import numpy as np
@@ -137,6 +138,15 @@ def test_three_seeds_measure_the_noise_of_training_and_fewer_borrow_it():
     assert training_variance(np.array([1.0, 2.0]), []) is None
 
 
+def test_a_run_whose_seeds_lie_far_apart_is_told_by_them_alone():
+    pooled, wild = [np.array([80.0, 81.0, 82.0])], np.array([30.0, 50.0])  # variances 1 and 200
+    one = training_variance(np.array([40.0]), pooled, [wild])
+    assert one.value == pytest.approx(201) and one.df == pytest.approx(201**2 / (200**2 / 1 + 1**2 / 2))
+    both = training_variance(np.array([0.0, 1.0]), pooled, [wild, wild])
+    assert both.value == pytest.approx(200) and both.df == pytest.approx(2)
+    assert training_variance(np.array([40.0]), [], [wild]) is None  # nothing tells the other run's
+
+
 def test_paired_interval_without_repeated_settings_is_that_of_the_images():
     a, b = draw(0.82, 1, 0), draw(0.80, 1, 1)
     found = paired_difference(Results({"a": as_results(a), "b": as_results(b)}), "a", "b")
@@ -153,16 +163,24 @@ def trained(logits: np.ndarray, seeds: int, spread: float, rng: np.random.Genera
     return as_results(rng.random((seeds, logits.size)) < 1 / (1 + np.exp(-shifted)))
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.15), (2, 0.15), (3, 0.15), (3, 0.01)])
-def test_an_interval_covers_the_true_difference_as_often_as_it_says(seeds, spread):
-    """Brute force, the images drawn anew every time: some are harder for one setting than for the other."""
+@pytest.mark.parametrize(
+    ("seeds", "spread", "wilder"),
+    [((1, 1), 0.15, 1), ((2, 2), 0.15, 1), ((3, 3), 0.15, 1), ((3, 3), 0.01, 1), ((1, 3), 0.15, 6)],
+)
+def test_an_interval_covers_the_true_difference_as_often_as_it_says(seeds, spread, wilder):
+    """Brute force, the images drawn anew every time: some are harder for one setting than for the other. The seeds of the
+    last case's second run lie further apart than the repeated settings'.
+    """
     rng, covered, trials = np.random.default_rng(3), 0, 1500
     for _ in range(trials):
         harder, easier = rng.normal(1.5, 2, (2, 400))  # on the same images, so the true difference is zero
         common = rng.normal(0, 1.5, 400)
         repeated = [trained(common + rng.normal(1.5, 2, 400), 3, spread, rng) for _ in range(3)]
-        results = {"a": trained(common + harder, seeds, spread, rng), "b": trained(common + easier, seeds, spread, rng)}
-        low, high = paired_difference(Results(results, repeated), "a", "b").interval()
+        one = trained(common + harder, seeds[0], spread, rng)
+        other = trained(common + easier, seeds[1], spread * wilder, rng)
+        for result in other:
+            result["settings"] = result["settings"] | {"dropout": 0.6}
+        low, high = paired_difference(Results({"a": one, "b": other}, repeated), "a", "b").interval()
         covered += low < 0 < high
     assert 0.93 < covered / trials < 0.97
 
@@ -187,12 +205,15 @@ def test_a_runs_own_seeds_count_towards_the_noise_of_training():
     for result in wild:
         result["settings"] = result["settings"] | {"dropout": 0.6}
     results = Results({"calm": calm, "wild": wild, "wild, one seed": wild[:1]}, repeated)
-    assert results.noise_of("calm", "wild") == [*repeated, wild]
-    assert results.noise_of("calm", "wild, one seed") == repeated
+    assert results.noise_of(("calm", "wild"), report.test_accuracy) == (repeated, [wild])
+    assert results.noise_of(("calm", "wild, one seed"), report.test_accuracy) == (repeated, [])
+    assert results.noise_of(("calm", "wild"), lambda result: 80.0 + result["seed"] / 100) == ([*repeated, wild], [])
     again = [r | {"settings": r["settings"] | {"epochs": 3, "patience": 5, "seed": 1}} for r in repeated[0]]
-    assert Results({"again": again}, repeated).noise_of("again") == repeated  # the same trainings, read otherwise
+    found = Results({"again": again}, repeated).noise_of(("again",), report.test_accuracy)
+    assert found == (repeated, [])  # the same trainings, read otherwise
     one, two = (paired_difference(results, "calm", run) for run in ("wild, one seed", "wild"))
-    assert one.value == two.value and two.error > 5 * one.error
+    assert one.value == two.value and two.error > 10 * one.error and two.df < 1.1
+    assert one.verdict() == "holds" and two.verdict() == "within noise"
 
 
 def test_what_training_adds_to_the_images_is_not_counted_twice():
@@ -448,7 +469,10 @@ def test_the_table_of_gaps_compares_every_run_with_the_baseline():
     for run, precision, right in (("baseline", "fp32", 242), ("crop_flip", "bf16", 322)):  # of two precisions
         second = with_losses(validated([70.0, 80.0], 2, right=right, precision=precision), [1.5, 0.1], [1.4, 0.9])
         seeds[run].append(second | {"seed": 1})
-    assert rows_of(seeds)["crop_flip"][4] == rows["crop_flip"][4]  # they are not compared
+    both = rows_of(seeds)["crop_flip"][4]
+    assert (
+        both.startswith("+5.00 points") and "seeds" not in both
+    )  # they are not compared, but tell how far seeds lie apart
     for entry, accuracy in zip(results["crop_flip"][0]["history"], (79.0, 78.0)):
         entry |= {"augmented_validation_accuracy": accuracy, "augmented_validation_loss": 0.7}
     assert rows_of(results)["crop_flip"][1:4] == ["0.600 / 0.700", "+0.200", "80.5 / 79.0"]
@@ -816,13 +840,11 @@ def test_a_damaged_summary_of_another_question_is_one_line(tmp_path, capsys, con
 
 
 def test_commands_are_whole():
-    def typed(run: str, declared: bool = True, seeds: int = 1, **settings) -> str:
-        found = [validated([70.0], 1, **settings) for _ in range(seeds)]
-        for seed, result in enumerate(found):
-            result["seed"] = seed
+    def typed(run: str, declared: bool = True, seeds: Sequence[int] = (0,), **settings) -> str:
+        found = [validated([70.0], 1, **settings) | {"seed": seed} for seed in seeds]
         return report.command("q2", run, found, declared).removeprefix("python q2_batchnorm_earlystop.py --only ")
 
-    assert typed("a") == "a" and typed("a", seeds=3) == "a --seeds 3"
+    assert typed("a") == "a" and typed("a", seeds=(0, 2)) == typed("a", seeds=(2,)) == "a --seeds 3"
     assert typed("a_patience3", declared=False, patience=3) == "a_patience3 --patience 3"
     assert typed("a_patience5", patience=5) == "a_patience5"
     assert typed("dropout_0.05", declared=False, dropout=0.05) == "dropout_0.05 --dropout 0.05"
@@ -873,6 +895,17 @@ def test_figures_and_tables_cope_with_a_subset(finished, tmp_path, capsys):
     assert "`python q5_modern_recipe.py --only fast_no_smoothing --sample`" in gallery
     assert "| Muon and SGD (the exercise's Adam) |" in gallery and "| label smoothing | - | - |" in gallery
     assert " ± 0.0" in gallery and "| crop | - | - / - | - / - | - | - | `python q3" in gallery  # no report of a sample
+
+
+def test_minutes_of_a_training_on_two_machines_are_not_drawn(finished):
+    result = json.loads((finished[0] / "out/sample/q1/convnet_3epochs/seed0.json").read_text())
+    moved = result | {"earlier_environments": [result["environment"] | {"device": "another machine"}]}
+
+    def drawn(strong: dict) -> str:
+        figure = q5_modern_recipe.figures(Results({"fast": [result], "strong": [strong]}))["time.png"]
+        return " ".join(figure.axes[0].get_legend_handles_labels()[1])
+
+    assert "strong" in drawn(result) and "fast" in drawn(moved) and "strong" not in drawn(moved)
 
 
 def test_the_sweep_marks_dropout_after_the_pooling(finished):
