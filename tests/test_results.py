@@ -550,7 +550,7 @@ def test_the_table_of_stopping_rules():
 def test_what_a_tie_changes_for_early_stopping():
     full = {"convnet_full": [validated([70.0, 80.0, 79.0, 80.0, 78.0, 77.0, 76.0, 75.0, 81.0], 9)]}
     (row,) = q2_batchnorm_earlystop.practices(Results(full))
-    assert row[1] == "convnet, patience 5: ends after epoch 8; if a tie counted, after epoch 7"
+    assert row[1] == "convnet, patience 5, seed 0: ends after epoch 8; if a tie counted, after epoch 7"
 
 
 def test_the_figure_of_stopping_rules_marks_stops_of_the_same_training_alone():
