@@ -36,7 +36,7 @@ Dropout of 0.2 helps beyond noise, of 0.1 and 0.3 within it; the report's own 0.
 epoch on, as in the report. Up to 0.3 our validation accuracies stay within 2 points of its curves on average, and
 at 0.9 both are near chance. In between they are several points apart, at 0.7 most, and in both directions, though the
 losses fall alike. There one seed tells little, ours or the report's: two seeds at 0.6 reach the same training loss and
-lie 14 points apart on test. Intervals of one or two seeds are too narrow there.
+lie 14 points apart on test. Intervals of one seed are too narrow there.
 
 The place does most of the harm: dropped after the pooling, at the same rate, units cost about a third of the accuracy
 that they cost before it. Scaling keeps the mean of a unit, not that of a maximum of four: trained on the maximum of
