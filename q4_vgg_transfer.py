@@ -13,15 +13,16 @@ its running statistics move. That is `frozen_train_mode`. Beside it, `frozen` ke
 always makes the same features of an image, so they are computed once, for every image and its mirror image, and the
 epochs train the head on those.
 
-ImageNet's weights could not be downloaded for the results here; a backbone pretrained on Tiny-ImageNet stands in. It
-was trained on images of 32 and 48 pixels, near CIFAR's 32; ImageNet's was trained on 224. That is probably why, frozen,
-it does far better than the report's 61 to 66 %, of which it says nothing. Fine-tuned it is best, above the same network
-from scratch, and frozen in training mode it is below question 1's network: the report's order.
+ImageNet's weights could not be downloaded for the results here; a backbone pretrained on Tiny-ImageNet stands in. Its
+file is not part of the repository, so its runs cannot be repeated without it. It was trained on images of 32 and 48
+pixels, near CIFAR's 32; ImageNet's was trained on 224. That is probably why, frozen, it does far better than the
+report's 61 to 66 %, which it neither confirms nor contradicts. Fine-tuned it is best, above the same network from
+scratch, and frozen in training mode it is below question 1's network: the report's order.
 
 From scratch our training loss lies on Figure 33a's but for the first seven epochs, where it is higher and validation
-accuracy lower; the best validation accuracies are half a point apart. On the report's test images ours is lower, our
-last weights more so than our best. Which it tested is unknown, it flipped them, and 1,000 images leave room for as
-much.
+accuracy lower; the best validation accuracies are half a point apart. On the report's test images ours is lower: our
+best weights by no more than 1,000 images leave open, our last by about as much as they can. Which weights it tested is
+unknown, and it flipped the images.
 """
 
 import functools
@@ -312,7 +313,7 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
         losses = load_arrays(results.folder / run, results[run][0])["step_losses"]  # [epochs, steps]
         steps = losses.shape[1]
         style_axes(axes, "training loss (cross entropy)", "step")
-        axes.plot(range(1, losses.size + 1), losses.ravel(), linewidth=0.4, label="every step")
+        axes.plot(range(1, losses.size + 1), losses.ravel(), color="lightsteelblue", linewidth=0.4, label="every step")
         means = (np.arange(len(losses)) + 0.5) * steps
         axes.plot(means, losses.mean(1), color="tab:orange", label="mean of every epoch")
         for theirs in [] if is_sample(results[run][0]) else figures_of(run):

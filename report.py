@@ -841,9 +841,17 @@ def figure_rows(question: str, results: Results) -> list[list[str]]:
             ours = " ".join(link(kind, f"{question}/{path}") for kind, path in figure["ours"].items())
             apart = bars_distance(figure, results) if "bars" in figure else distances(figure, there[0], results)
         shows = figure["shows"] + (f" (*{figure['remark']}*)" if "remark" in figure else "")
-        what = command(question, " ".join(runs), max((results.get(run, []) for run in runs), key=len))
-        rows.append([figure["figure"], shows, ours, apart or "-", f"`{what}`"])
+        rows.append([figure["figure"], shows, ours, apart or "-", f"`{commands(question, runs, results)}`"])
     return rows
+
+
+def commands(question: str, runs: Sequence[str], results: Results) -> str:
+    """What to type to get these runs with their seeds: a command for all that have as many."""
+    groups: dict[int, list[str]] = {}  # by the last seed
+    for run in runs:
+        groups.setdefault(max((r["seed"] for r in results.get(run, ())), default=0), []).append(run)
+    found = [max((results.get(run, ()) for run in group), key=len) for group in groups.values()]
+    return " && ".join(command(question, " ".join(group), of) for group, of in zip(groups.values(), found))
 
 
 def distances(figure: dict, run: str, results: Results) -> str:
@@ -972,8 +980,9 @@ def general_practices(root: Path) -> list[list[str]]:
 
 
 def median_and_range(values: Sequence[float]) -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:+.2f} points, the median of {len(values)} trainings ({low:+.2f} to {high:+.2f})"
+    low, first, middle, third, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+    half = f"half of them {first:+.2f} to {third:+.2f}, all {low:+.2f} to {high:+.2f}"
+    return f"{middle:+.2f} points, the median of {len(values)} trainings ({half})"
 
 
 def write_page(root: Path, sample: bool) -> None:
@@ -1104,7 +1113,8 @@ READING_HEAD = """Below: the report's figures in order, what its way of measurin
 **How to read it.** The report tests the weights of the last epoch on the first 1,000 test images (for question 4 its code
 does not tell which weights); so does the column beside its numbers. It validates on augmented images in questions 3.1 and
 4; so does "validation: report / ours", with the best epoch on those. Where its figure shows a number that its text prints
-otherwise or not at all, the figure's follows in brackets. What we would report is next: "best epoch" and its weights,
+otherwise, or a validation accuracy that its text lacks, the figure's follows in brackets; a test accuracy that stands in
+the figure alone is given as if printed. What we would report is next: "best epoch" and its weights,
 chosen on validation images as they are, on all 10,000 test images, with the 95 % Wilson interval of one seed, or mean ±
 standard deviation of several. "time" is that of all epochs a run is read from, summed over seeds; it is longer where the
 machine did other work or other trainings meanwhile. Runs of one seed have the same first weights, data order and
@@ -1121,11 +1131,11 @@ of claims 6 and 9 are the last epoch's. The interval holds the noise of the imag
 """
 NOISE = """**The noise of training.** Where two runs share three seeds or more, the scatter of their differences measures it. For
 runs that share fewer it {borrowed}. Where one
-of the two runs has several seeds of its own, those are pooled with these; where they lie more than {unsteady:g} times as
-far apart, they alone tell that run's noise, and if they are two, the interval is very wide, for two tell little. An
+of the two runs has several seeds, they are pooled with these. If their standard deviation is more than {unsteady:g} times
+the pooled one, that run's noise is taken from its own seeds alone; from two seeds this gives a very wide interval. An
 unsteady run of one seed cannot be told from a steady one: with much dropout, the intervals of one seed are too narrow.
-Question 5 takes nothing from these settings. Two readings of one training, such as two patiences, take nothing from
-anywhere: other trainings do not tell how much these differ.
+Question 5 uses its own seeds alone. Two patiences read the same training, so the scatter of other trainings says nothing
+about their difference: of one seed, these intervals hold the noise of the images alone.
 """
 FIGURES_HEAD = """Ours carry the report's curves in the same axes, thin and grey. The report's loss axes are divided by the batch size,
 200; both are cross entropy here. The distance is the mean absolute difference over the epochs both have. As a measure of
