@@ -6,23 +6,6 @@ The protocol (splits, optimiser, initialisation) is that of the report's publish
 answers, Max Planck HLCV exercise 3.
 """
 
-import os
-import signal
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent
-
-
-def end_quietly(*_) -> None:
-    os.write(2, b"interrupted\n")
-    os._exit(130)
-
-
-started = getattr(sys.modules["__main__"], "__file__", None)
-if started and Path(started).resolve().parent == ROOT:  # a script of ours, no notebook
-    signal.signal(signal.SIGINT, end_quietly)  # Ctrl-C while the modules below load; from then on `session` answers it
-
 import argparse
 import base64
 import dataclasses
@@ -30,18 +13,14 @@ import hashlib
 import io
 import json
 import math
-import re
+import os
 import statistics
 import time
 import zipfile
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-
-NOTEBOOK_BACKEND = os.environ.pop("MPLBACKEND", None)  # matplotlib does not load with that of another environment
-
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,13 +33,13 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from augment import augment
-from machine import (
-    Conv2d,
-    Dropout,
+from parts.augment import augment
+from parts.layers import Conv2d, Dropout
+from parts.machine import (
     Parser,
     UserError,
     announce,
+    barrier,
     choose_precision,
     computing_dtype,
     distribute,
@@ -69,25 +48,24 @@ from machine import (
     file_lock,
     keep_large_blocks,
     my_part,
-    on_all,
-    on_first,
+    normalises_parts,
     rank,
     remove_leftovers,
     require_writable,
+    say,
     sum_over_ranks,
     tell,
     world_size,
     write_atomic,
 )
-from muon import MuonAndSGD
+from parts.muon import MuonAndSGD
 
-if NOTEBOOK_BACKEND is not None:
-    os.environ["MPLBACKEND"] = NOTEBOOK_BACKEND
-
+ROOT = Path(__file__).resolve().parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-VALIDATION_IMAGES = {"cifar10": 1000, "cifar10-sample": 200}
+VALIDATION_IMAGES = 1000  # the last of the training images
 REPORT_TEST_IMAGES = 1000  # the report tests on the first 1,000 images
 SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 18
+CHANNELS = (128, 512, 512, 512, 512)  # of the report's network
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -95,13 +73,13 @@ SAMPLE_DIR, SAMPLE_EPOCHS = ROOT / "sample", 18
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything one training run is made of; the defaults are question 1's.
+    """Everything one training is made of; the defaults are question 1's.
 
-    All fields but `epochs` and `patience` shape the weights: together they name a trajectory (see `key`). How far a
-    trajectory is followed, and which rule stops it, is only a way of reading it. (A linear schedule ends with the last
+    All fields but `epochs` and `patience` shape the weights: together they name the checkpoint (see `key`). How many
+    epochs are read from it, and which rule stops, is only a way of reading it. (A linear schedule ends with the last
     epoch, so there `epochs` shapes the weights too.)
 
-    A field's default never changes: a trajectory is named by what differs from the defaults.
+    A field's default never changes: a checkpoint is named by what differs from the defaults.
     """
 
     network: str = "ConvNet"  # the name of its class
@@ -111,7 +89,7 @@ class Settings:
     weights: str = "none"  # what the network starts from: "none" is a random initialisation
     backbone: str = "trained"  # or "frozen" (evaluation mode), or "frozen, training mode": batch norm as in training
     augment: tuple = ()  # batch-wise augmentations, applied in this order
-    data: str = "cifar10"  # or "cifar10-sample", the excerpt in sample/
+    data: str = "cifar10"  # or "cifar10-sample", the excerpt in sample/, or "cifar10-tuning": see question 5
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     batch_size: int = 200
@@ -137,40 +115,27 @@ class Settings:
             values[f.name] = value
         return values
 
-    def trajectory(self) -> dict:
+    def shaping(self) -> dict:
         """The settings that shape the weights, without those at their default: a new field renames no checkpoint."""
         values, defaults = self.as_dict(), Settings().as_dict()
         reading = {"patience"} if self.schedule == "linear" else {"patience", "epochs"}
         return {k: v for k, v in values.items() if k not in reading and v != defaults[k]}
 
     def key(self) -> str:
-        """Name of the trajectory's checkpoint, the same in every process and question."""
-        digest = hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
+        """Name of the checkpoint, the same in every process and question."""
+        digest = hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
-
-
-def on_sample(settings: Settings) -> Settings:
-    """These settings as they suit the bundled excerpt: so few images need smaller batches, at half the learning rate."""
-    epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
-    return dataclasses.replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
-
-
-def build_convnet(settings: Settings) -> nn.Module:
-    return ConvNet(settings.batch_norm, settings.dropout, settings.dropout_after_pool)
-
-
-def the_images(model: nn.Module, data: dict[str, "Split"], settings: Settings) -> dict[str, "Split"]:
-    return data
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a question: a name, its settings, and the two things it is made of."""
+    """One row of a question's table. Its name is that of its folder in results/."""
 
     name: str
     settings: Settings = Settings()
-    build: Callable[[Settings], nn.Module] = build_convnet  # its network, fresh from PyTorch's global generator
-    prepare: Callable[[nn.Module, dict, Settings], dict] = the_images  # what the loop is fed, from model and images
+
+    def with_settings(self, **changes) -> "Run":
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes))
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
@@ -218,9 +183,18 @@ class Split:
         return images.contiguous(memory_format=torch.channels_last), self.labels[mine]
 
 
+DATA_ADVICE = f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to its parent folder, or use --sample"
+
+
 def find_data_dir(option: Path | None = None) -> Path:
-    """--data-dir, else the environment variable CIFAR10_DIR, else data/; also where it names the folder inside."""
+    """--data-dir, else the environment variable CIFAR10_DIR, else data/; also where it names the folder inside.
+
+    Raises UserError where that is no folder.
+    """
     path = option or expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
+    if path.is_file() or (path.is_symlink() and not path.exists()):
+        what = "a file" if path.is_file() else "a link that leads nowhere"
+        raise UserError(f"the data folder {str(path)!r} is {what}, not a folder: {DATA_ADVICE}")
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 
@@ -235,7 +209,7 @@ def cifar10_problem(data_dir: Path) -> str | None:
     return f"{here} lacks {', '.join(missing)}" if missing else None
 
 
-def fetch_cifar10(data_dir: Path, advice: str) -> None:
+def fetch_cifar10(data_dir: Path) -> None:
     """Download and unpack the official CIFAR-10 where it is missing. An archive that is whole is unpacked again.
 
     Raises UserError where there are files that are not ours to overwrite.
@@ -243,7 +217,7 @@ def fetch_cifar10(data_dir: Path, advice: str) -> None:
     if (problem := cifar10_problem(data_dir)) is None:
         return
     if data_dir.is_dir() and not os.access(data_dir, os.W_OK):
-        raise UserError(f"{problem}, and {data_dir} is read-only: {advice}")
+        raise UserError(f"{problem}, and {data_dir} is read-only: {DATA_ADVICE}")
     with file_lock(data_dir / ".download.lock"):
         problem = cifar10_problem(data_dir)  # another process may have downloaded it meanwhile
         archive, here = data_dir / CIFAR10.filename, data_dir / CIFAR10.base_folder
@@ -261,21 +235,18 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     train: the first 49,000 training images; validation: the last 1,000; test: 10,000.
     Raises UserError where the files are damaged, or missing and not to be had.
     """
-    advice = f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to its parent folder, or use --sample"
     try:
-        fetch_cifar10(data_dir, advice)
+        fetch_cifar10(data_dir)
         parts = [CIFAR10(data_dir, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"CIFAR-10 is not readable in {data_dir} and could not be downloaded ({error}): {advice}"
-        ) from error
+        reason = f"CIFAR-10 is not readable in {str(data_dir)!r} and could not be downloaded ({error})"
+        raise UserError(f"{reason}: {DATA_ADVICE}") from error
     train, test = (
         Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
     )
-    held_out = VALIDATION_IMAGES["cifar10"]
     return {
-        "train": Split(train.images[:-held_out], train.labels[:-held_out]),
-        "validation": Split(train.images[-held_out:], train.labels[-held_out:]),
+        "train": Split(train.images[:-VALIDATION_IMAGES], train.labels[:-VALIDATION_IMAGES]),
+        "validation": Split(train.images[-VALIDATION_IMAGES:], train.labels[-VALIDATION_IMAGES:]),
         "test": test,
     }
 
@@ -288,6 +259,12 @@ def load_sample() -> dict[str, Split]:
         images = sheet.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32)
         splits[part] = Split(images.contiguous(), torch.tensor(entry["labels"]))
     return splits
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Split]:
+    keep_large_blocks()
+    data = load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
+    return {part: split.to(device) for part, split in data.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- network
@@ -304,7 +281,7 @@ class ConvNet(nn.Module):
     def __init__(self, batch_norm: bool = False, dropout: float = 0.0, dropout_after_pool: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
-        for c_in, c_out in ((3, 128), (128, 512), (512, 512), (512, 512), (512, 512)):
+        for c_in, c_out in zip((3, *CHANNELS), CHANNELS):
             layers.append(Conv2d(c_in, c_out, kernel_size=3, padding=1))
             if dropout and not dropout_after_pool:
                 layers.append(Dropout(dropout))
@@ -314,7 +291,7 @@ class ConvNet(nn.Module):
             if dropout and dropout_after_pool:
                 layers.append(Dropout(dropout))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(512, 10)
+        self.classifier = nn.Linear(CHANNELS[-1], 10)
         init_linear(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -327,6 +304,11 @@ def init_linear(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1e-3)
             nn.init.zeros_(module.bias)
+
+
+def convnet(settings: Settings) -> ConvNet:
+    """The network of questions 1, 2, 3 and 5, freshly drawn from PyTorch's global generator."""
+    return ConvNet(settings.batch_norm, settings.dropout, settings.dropout_after_pool)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -345,26 +327,22 @@ def formula_parameters(module: nn.Module) -> int | None:
     return None
 
 
-def parameter_table(model: nn.Module) -> list[dict]:
-    """One row per layer with parameters: PyTorch's count beside the report's formula."""
-    rows = []
+def all_parameters(model: nn.Module) -> dict:
+    """As the results hold them: the trainable ones, and per layer PyTorch's count beside the report's formula."""
+    layers = []
     for name, module in model.named_modules():
         if (formula := formula_parameters(module)) is not None:
             counted = sum(p.numel() for p in module.parameters())
-            rows.append({"layer": name, "type": type(module).__name__, "parameters": counted, "formula": formula})
-    return rows
-
-
-def all_parameters(model: nn.Module) -> dict:
-    """As the results hold them. Several processes change a model to train it: call before."""
-    return {"trainable": count_parameters(model), "layers": parameter_table(model)}
+            layers.append({"layer": name, "type": type(module).__name__, "parameters": counted, "formula": formula})
+    return {"trainable": count_parameters(model), "layers": layers}
 
 
 def describe(model: nn.Module) -> str:
     """The printed network (the report's Figure 10) and its parameters, layer by layer."""
+    parameters = all_parameters(model)
     lines = [str(model), "", f"{'layer':<16}{'type':<14}{'PyTorch':>12}{'formula':>12}"]
-    lines += ["{layer:<16}{type:<14}{parameters:>12,}{formula:>12,}".format(**row) for row in parameter_table(model)]
-    return "\n".join([*lines, f"{'trainable parameters':<30}{count_parameters(model):>12,}", ""])
+    lines += ["{layer:<16}{type:<14}{parameters:>12,}{formula:>12,}".format(**row) for row in parameters["layers"]]
+    return "\n".join([*lines, f"{'trainable parameters':<30}{parameters['trainable']:>12,}", ""])
 
 
 # ----------------------------------------------------------------------------------------------------------- filters
@@ -379,7 +357,7 @@ def first_filters(model: nn.Module) -> Tensor:
     return weight.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def filter_tile(number: int, size: int = 3) -> tuple[int, int]:
+def filter_tile(number: int, size: int) -> tuple[int, int]:
     """Top left pixel (y, x) of filter `number` (from 1, row by row, as the report numbers them) in `filter_grid`."""
     row, column = divmod(number - 1, FILTER_COLUMNS)
     edge = size * FILTER_PIXEL + FILTER_GAP
@@ -419,11 +397,123 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
 # ---------------------------------------------------------------------------------------------------------- training
 
+Build = Callable[[Settings], nn.Module]  # a network, fresh from PyTorch's global generator
+Optimizer = torch.optim.Optimizer | MuonAndSGD
 
-def autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    """Convolutions and matrix products in bfloat16, weights and optimiser in float32; with fp32, nothing changes."""
-    dtype = computing_dtype(settings.precision)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, prepare=None) -> dict:
+    """Train `model`, as `build` made it, on from its checkpoint at `path`, until the run's epochs or patience end.
+
+    After every epoch the checkpoint is replaced, so an interrupted training loses at most the epoch it was in. What any
+    rule could ask for later is recorded when the epoch passes, so that every rule can be read from one training.
+    prepare: makes what the loop is fed of (model, data, settings). Returns the checkpoint: see `new_checkpoint`.
+    """
+    settings, first = run.settings, first_logits(model, data["train"], run.settings)
+    state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
+    state.setdefault("first_logits", first)
+    history = state["history"]
+    if stops_after(history, settings):
+        return state
+    announce(f"{run.name} seed {settings.seed}", device, settings.precision)
+    optimizer = make_optimizer(model, settings, device)
+    if history:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    start = time.perf_counter()
+    data = prepare(model, data, settings) if prepare else data
+    network = distribute(model, device)
+    with make_progress(run, len(data["train"]), len(history)) as progress:
+        while not stops_after(history, settings):
+            epoch = len(history) + 1
+            progress.set_description_str(f"{run.name} seed {settings.seed}: epoch {epoch}/{settings.epochs}")
+            train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
+            share_buffers(model)
+            lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
+            history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
+            history[-1] |= validate(model, data["validation"], settings, epoch)
+            state["step_losses"].append(step_losses)
+            state["predictions"].append(evaluate(model, data["test"], settings)[1])
+            state["filters"].append(first_filters(model))
+            if best_epoch(history) == epoch:
+                state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            note_environment(state, model, device, settings.precision)
+            history[-1]["seconds"] = round(time.perf_counter() - start, 2)
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(path, state)
+            print_epoch(progress, run, history)
+            start = time.perf_counter()
+    return state
+
+
+def train_epoch(
+    model: nn.Module, optimizer: Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
+) -> tuple[float, Tensor]:
+    """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that of
+    every step's batch, float32 [steps] on the CPU. Raises UserError when the loss is not finite.
+    """
+    device = split.labels.device
+    model.train()
+    order = torch.randperm(len(split), generator=generator(settings.seed, epoch, "order"))
+    rng = generator(settings.seed, epoch, "augment")
+    torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
+    total, seen, step_losses = torch.zeros((), device=device), 0, []
+    batches = cut_batches(order, settings.batch_size)
+    for step, index in enumerate(batches, 1):
+        set_learning_rates(optimizer, settings, epoch - 1 + (step - 1) / len(batches))
+        images, labels = split.batch(index, settings, rng, my_part(len(index)))
+        with autocast(settings, device):
+            logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.label_smoothing) / len(index)
+        optimizer.zero_grad(set_to_none=True)
+        (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
+        optimizer.step()
+        step_losses.append(F.cross_entropy(logits.detach(), labels, reduction="sum") / len(index))
+        total += step_losses[-1] * len(index)
+        seen += len(index)
+        progress.update(len(index))
+        if step % 20 == 0 or seen == len(split):  # reading the loss makes a GPU wait: not at every step
+            mean = sum_over_ranks(total.clone()).item() / seen
+            require_finite(mean, "training", epoch)
+            progress.set_postfix_str(f"train {mean:.3f}", refresh=False)
+    return mean, sum_over_ranks(torch.stack(step_losses)).cpu()
+
+
+def validate(model: nn.Module, validation: Split, settings: Settings, epoch: int) -> dict:
+    """Loss and accuracy on the validation images; with augmentation also on augmented ones, as the report measures it.
+
+    Those are drawn anew in every epoch, from a random stream of their own. They choose no weights.
+    """
+    measured = {}
+    for name, rng in (("", None), ("augmented_", generator(settings.seed, epoch, "validation"))):
+        if rng is None or settings.augment:
+            loss, predictions = evaluate(model, validation, settings, rng)
+            require_finite(loss, f"{name.replace('_', ' ')}validation", epoch)
+            measured[f"{name}validation_loss"] = loss
+            measured[f"{name}validation_accuracy"] = accuracy(predictions, validation.labels)
+    return measured
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, settings: Settings, rng: torch.Generator | None = None
+) -> tuple[float, Tensor]:
+    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was.
+
+    rng: draws augmentations, as in `Split.batch`; None leaves the images as they are.
+    """
+    was_training = model.training
+    model.eval()
+    device = split.labels.device
+    total, predictions = torch.zeros((), device=device), torch.zeros(len(split), dtype=torch.uint8, device=device)
+    for index in torch.arange(len(split)).split(settings.batch_size):
+        part = my_part(len(index))
+        images, labels = split.batch(index, settings, rng, part)
+        with autocast(settings, device):
+            logits = model(images)
+        total += F.cross_entropy(logits.float(), labels, reduction="sum")
+        predictions[index[part].to(device)] = logits.argmax(1).to(torch.uint8)
+    model.train(was_training)
+    return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
 def stopping_epoch(
@@ -460,20 +550,23 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels.cpu()).sum().item() / len(labels)
 
 
-def build(run: Run, device: torch.device) -> nn.Module:
+def build(run: Run, device: torch.device, network: Build = convnet) -> nn.Module:
     """The run's network as its seed initialises it.
 
     Raises ValueError where the settings call it something else: its checkpoint would bear another network's name.
     """
     torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
-    model = run.build(run.settings)
+    model = network(run.settings)
     name = type(model).__name__
     if name != run.settings.network:
         raise ValueError(f"{run.name}: network='{run.settings.network}' in its settings, but it is {name}")
     return model.to(device, memory_format=torch.channels_last)
 
 
-Optimizer = torch.optim.Optimizer | MuonAndSGD
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """Convolutions and matrix products in bfloat16, weights and optimiser in float32; with fp32, nothing changes."""
+    dtype = computing_dtype(settings.precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> Optimizer:
@@ -498,49 +591,14 @@ def set_learning_rates(optimizer: Optimizer, settings: Settings, epochs_done: fl
 
 
 def cut_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Numbers of images [N] -> batches of `size`. A last batch of a single image per process is merged into the one
-    before it: batch norm cannot normalise one image.
+    """Numbers of images [N] -> batches of `size`. A last batch of a few images is merged into the one before it: batch
+    norm cannot normalise one image, and several processes share a batch.
     """
     batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * world_size():
+    if len(batches) > 1 and len(batches[-1]) < min(16, size):
         last = batches.pop()
         batches[-1] = torch.cat([batches[-1], last])
     return batches
-
-
-def train_epoch(
-    model: nn.Module, optimizer: Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
-) -> tuple[float, Tensor]:
-    """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that of
-    every step's batch, float32 [steps] on the CPU.
-
-    Raises UserError when the loss is not finite.
-    """
-    device = split.labels.device
-    model.train()
-    order = torch.randperm(len(split), generator=generator(settings.seed, epoch, "order"))
-    rng = generator(settings.seed, epoch, "augment")
-    torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
-    total, seen, step_losses = torch.zeros((), device=device), 0, []
-    batches = cut_batches(order, settings.batch_size)
-    for step, index in enumerate(batches, 1):
-        set_learning_rates(optimizer, settings, epoch - 1 + (step - 1) / len(batches))
-        images, labels = split.batch(index, settings, rng, my_part(len(index)))
-        with autocast(settings, device):
-            logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.label_smoothing) / len(index)
-        optimizer.zero_grad(set_to_none=True)
-        (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
-        optimizer.step()
-        step_losses.append(F.cross_entropy(logits.detach(), labels, reduction="sum") / len(index))
-        total += step_losses[-1] * len(index)
-        seen += len(index)
-        progress.update(len(index))
-        if step % 20 == 0 or seen == len(split):  # reading the loss makes a GPU wait: not at every step
-            mean = sum_over_ranks(total.clone()).item() / seen
-            require_finite(mean, "training", epoch)
-            progress.set_postfix_str(f"train {mean:.3f}", refresh=False)
-    return mean, sum_over_ranks(torch.stack(step_losses)).cpu()
 
 
 def require_finite(loss: float, name: str, epoch: int) -> None:
@@ -551,100 +609,6 @@ def require_finite(loss: float, name: str, epoch: int) -> None:
         )
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, split: Split, settings: Settings, rng: torch.Generator | None = None
-) -> tuple[float, Tensor]:
-    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was.
-
-    rng: draws augmentations, as in `Split.batch`; None leaves the images as they are.
-    """
-    was_training = model.training
-    model.eval()
-    device = split.labels.device
-    total, predictions = torch.zeros((), device=device), torch.zeros(len(split), dtype=torch.uint8, device=device)
-    for index in torch.arange(len(split)).split(settings.batch_size):
-        part = my_part(len(index))
-        images, labels = split.batch(index, settings, rng, part)
-        with autocast(settings, device):
-            logits = model(images)
-        total += F.cross_entropy(logits.float(), labels, reduction="sum")
-        predictions[index[part].to(device)] = logits.argmax(1).to(torch.uint8)
-    model.train(was_training)
-    return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
-
-
-def validate(model: nn.Module, validation: Split, settings: Settings, epoch: int) -> dict:
-    """Loss and accuracy on the validation images; with augmentation also on augmented ones, as the report measures it.
-
-    Those are drawn anew in every epoch, from a random stream of their own. They choose no weights.
-    """
-    loss, predictions = evaluate(model, validation, settings)
-    require_finite(loss, "validation", epoch)
-    measured = {"validation_loss": loss, "validation_accuracy": accuracy(predictions, validation.labels)}
-    if settings.augment:
-        rng = generator(settings.seed, epoch, "validation")
-        loss, predictions = evaluate(model, validation, settings, rng)
-        measured["augmented_validation_loss"] = loss
-        measured["augmented_validation_accuracy"] = accuracy(predictions, validation.labels)
-    return measured
-
-
-def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path) -> dict:
-    """Follow the run's trajectory from its checkpoint at `path`, if there is one, until the run's rule ends it.
-
-    After every epoch the checkpoint is replaced, so an interrupted run loses at most the epoch it was in. What any rule
-    could ask for later, the test predictions and the first layer's filters, is recorded when the epoch passes, so that
-    every rule can be read from the trajectory. Returns the checkpoint:
-      settings, network         what shaped the weights: see `Settings.trajectory`; the printed network
-      environments              where the epochs were trained
-      history                   one dict per epoch
-      step_losses               per epoch the training loss of every step, float32 [steps]
-      predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
-      model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, the optimiser's
-    """
-    if run.settings.patience is not None and not len(data["validation"]):
-        raise UserError(f"{run.name}: patience needs validation images, and there are none")
-    state = on_first(lambda: load_checkpoint(path, run.settings, model) if path.exists() else None)
-    if state is None:
-        state = {"settings": run.settings.trajectory(), "network": str(model), "environments": [], "history": []}
-        state |= {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
-    if not stops_after(state["history"], run.settings):
-        train_on(run, model, data, device, path, state)
-    return state
-
-
-def train_on(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, state: dict) -> None:
-    """Train from the state on to the end, in place; the checkpoint at `path` is replaced after every epoch."""
-    settings, history = run.settings, state["history"]
-    announce(label(run), device, settings.precision)
-    optimizer = make_optimizer(model, settings, device)
-    if history:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start = time.perf_counter()
-    data = run.prepare(model, data, settings)
-    preparing = time.perf_counter() - start
-    network = distribute(model, device)
-    with progress_bar(run, len(data["train"]), len(history)) as progress:
-        while not stops_after(history, settings):
-            start, epoch = time.perf_counter(), len(history) + 1
-            show_epoch(progress, run, history)
-            lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
-            train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
-            speed = len(data["train"]) / (time.perf_counter() - start)
-            share_buffers(model)
-            history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
-            history[-1] |= validate(model, data["validation"], settings, epoch)
-            record_epoch(state, model, data["test"], settings, step_losses)
-            record_environment(state, environment(device, settings.precision))
-            history[-1]["seconds"] = round(time.perf_counter() - start + preparing, 2)
-            preparing = 0.0
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            on_first(lambda: save_checkpoint(path, state))
-            print_epoch(progress, run, history, speed)
-
-
 def share_buffers(model: nn.Module) -> None:
     """The first process's running statistics, for all."""
     if world_size() > 1:
@@ -652,24 +616,8 @@ def share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def record_epoch(state: dict, model: nn.Module, test: Split, settings: Settings, step_losses: Tensor) -> None:
-    """What any rule could ask for later of the epoch that has just passed."""
-    state["step_losses"].append(step_losses)
-    state["predictions"].append(evaluate(model, test, settings)[1])
-    state["filters"].append(first_filters(model))
-    if best_epoch(state["history"]) == len(state["history"]):
-        state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def record_environment(state: dict, here: dict) -> None:
-    """Where this epoch was trained, if it is not where the one before was."""
-    environments = state["environments"]
-    if not environments or here.items() - environments[-1].items():
-        environments.append({**here, "from_epoch": len(state["history"])})
-
-
-def progress_bar(run: Run, images: int, epochs_done: int) -> tqdm:
-    """Over all images of all epochs, with the time left; of the first process, on a terminal."""
+def make_progress(run: Run, images: int, epochs_done: int) -> tqdm:
+    """A bar over all images of all epochs, with the time left; of the first process, on a terminal."""
     return tqdm(
         total=run.settings.epochs * images,
         initial=epochs_done * images,
@@ -681,34 +629,59 @@ def progress_bar(run: Run, images: int, epochs_done: int) -> tqdm:
     )
 
 
-def label(run: Run) -> str:
-    return f"{run.name} seed {run.settings.seed}"
-
-
-def show_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
-    """The bar's description when an epoch begins."""
-    so_far = ""
-    if history:
-        so_far = "val {validation_loss:.3f} acc {validation_accuracy:.1f} %, ".format(**history[-1])
-    progress.set_description_str(f"{label(run)}: {so_far}epoch {len(history) + 1}/{run.settings.epochs}")
-
-
-def print_epoch(progress: tqdm, run: Run, history: list[dict], speed: float) -> None:
+def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
     """When an epoch is over: the bar on a terminal; on anything else one line."""
     numbers = "train {train_loss:.3f} val {validation_loss:.3f} acc {validation_accuracy:.1f} %".format(**history[-1])
     progress.set_postfix_str(numbers)
     if progress.disable:
         left = (run.settings.epochs - len(history)) * statistics.median(h["seconds"] for h in history)
-        epoch = f"epoch {len(history)}/{run.settings.epochs}"
-        tell(f"{label(run)} {epoch}: {numbers}, {speed:.0f} img/s, at most {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    """1:02:03"""
-    return tqdm.format_interval(round(seconds))
+        epoch = f"{run.name} seed {run.settings.seed} epoch {len(history)}/{run.settings.epochs}"
+        tell(f"{epoch}: {numbers}, at most {tqdm.format_interval(round(left))} left")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
+
+SAME_LOGITS = 0.005  # of their spread over images; rounding makes a tenth of a thousandth
+
+
+def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
+    """What a checkpoint holds before the first epoch. Every epoch adds to it:
+
+    settings, network         what shaped the weights: see `Settings.shaping`; the printed network
+    first_logits              what the fresh network puts out: see the function of that name
+    environments              where the epochs were trained
+    history                   one dict per epoch
+    step_losses               per epoch the training loss of every step, float32 [steps]
+    predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
+    model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, the optimiser's
+    """
+    state = {"settings": settings.shaping(), "network": str(model), "environments": [], "history": []}
+    return state | {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
+
+
+@torch.no_grad()
+def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
+    """What a fresh network puts out, without dropout, for the first images of its first batch: float32 [n, 10].
+
+    Initialisation, order, augmentation and forward pass are all in it: where it differs, other code trained.
+    """
+    order = torch.randperm(len(split), generator=generator(settings.seed, 1, "order"))
+    index, rng = cut_batches(order, settings.batch_size)[0], generator(settings.seed, 1, "augment")
+    images, _ = split.batch(index, settings, rng, slice(32))
+    was_training = model.training
+    model.eval()
+    logits = model(images).float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def note_environment(state: dict, model: nn.Module, device: torch.device, precision: str) -> None:
+    """Where this epoch was trained, if it is not where the one before was."""
+    here, environments = environment(device, precision), state["environments"]
+    if normalises_parts(model, device):
+        here["batch_norm"] = "over each process's part of the batch"
+    if not environments or here.items() - environments[-1].items():
+        environments.append({**here, "from_epoch": len(state["history"])})
 
 
 def checkpoint_path(checkpoint_dir: Path, settings: Settings) -> Path:
@@ -716,20 +689,26 @@ def checkpoint_path(checkpoint_dir: Path, settings: Settings) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getbuffer())
+    """By the first process; the others wait until it is there."""
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(path, buffer.getbuffer())
+    barrier()
 
 
-def load_checkpoint(path: Path, settings: Settings, model: nn.Module) -> dict:
-    """The checkpoint at `path`. Raises UserError where it is damaged, of other settings or of another network than
-    `model`; it is left in place.
+def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Tensor) -> dict:
+    """The checkpoint at `path`. Raises UserError where it is damaged, of other settings, of another network than
+    `model`, or of other code than puts out `first` (see `first_logits`); it is left in place.
     """
-    advice = "it is left as it is; --fresh starts over and keeps it beside the new one, as .old1"
+    advice = "it is left as it is; --fresh starts over and keeps it beside the new one, as .old"
     try:
         state = read_checkpoint(path)
-        asked, sizes = settings.trajectory(), {k: v.shape for k, v in state["model"].items()}
+        asked, sizes = settings.shaping(), {k: v.shape for k, v in state["model"].items()}
         different = [k for k in asked | state["settings"] if state["settings"].get(k) != asked.get(k)]
+        logits = state.get("first_logits", first)
+        spread = (first - first.mean(0)).norm()
+        same_code = logits.shape == first.shape and not (logits - first).norm() > SAME_LOGITS * spread
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -738,6 +717,9 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module) -> dict:
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
     if state["network"] != str(model) or sizes != {k: v.shape for k, v in model.state_dict().items()}:
         raise UserError(f"the checkpoint {path} is of another network than the code builds now; {advice}")
+    if not same_code:
+        what = "the network's forward pass or initialisation, the order of images, or an augmentation"
+        raise UserError(f"the checkpoint {path} was trained by other code ({what} has changed since); {advice}")
     return state
 
 
@@ -751,43 +733,6 @@ def read_checkpoint(path: Path) -> dict:
     if missing := (parts | {"model", "best", "optimizer"}) - state.keys():
         raise KeyError(*missing)
     return state
-
-
-def set_aside(paths: Collection[Path]) -> None:
-    """--fresh: rename the checkpoints among these paths to the first free of .old1, .old2, ...
-
-    Raises UserError, and renames none, where another process trains one of them.
-    """
-    with ExitStack() as stack:
-        for path in paths:
-            if not stack.enter_context(file_lock(path.with_suffix(".lock"), wait=False)):
-                raise UserError(f"--fresh: another process is training {path}; wait until it has ended")
-        for path in filter(Path.exists, paths):
-            number = 1
-            while (old := path.with_suffix(f".old{number}")).exists():
-                number += 1
-            try:
-                os.replace(path, old)
-            except OSError as error:
-                raise UserError(f"cannot rename {path} to {old}: {error.strerror}") from error
-
-
-def locked_runs(runs: Sequence[Run], checkpoint_dir: Path) -> Iterator[tuple[Run, Path]]:
-    """Every run and its checkpoint's path, while no other process can train it; those that one trains come last."""
-    waiting, busy = deque(runs), 0
-    while waiting:
-        run = waiting.popleft()
-        path = checkpoint_path(checkpoint_dir, run.settings)
-        lock = file_lock(path.with_suffix(".lock"), wait=busy > len(waiting))
-        with ExitStack() as stack:
-            if on_first(lambda: stack.enter_context(lock)):
-                busy = 0
-                on_first(lambda: remove_leftovers(path))
-                yield run, path
-                continue
-        tell(f"{label(run)} is being trained by another process; coming back to it")
-        waiting.append(run)
-        busy += 1
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -811,14 +756,8 @@ def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
     }
 
 
-def correct_images(scored: dict) -> np.ndarray:
-    """Per test image, was it classified correctly: bool [N], unpacked from a `score`."""
-    packed = np.frombuffer(base64.b64decode(scored["correct"]), dtype=np.uint8)
-    return np.unpackbits(packed, count=scored["all_images"]["images"]).astype(bool)
-
-
 def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Tensor) -> dict:
-    """Read a run from its trajectory: follow its rule through the recorded epochs. Trains nothing.
+    """Read a run from its checkpoint: follow its rule through the recorded epochs. Trains nothing.
 
     parameters: what `all_parameters` says of its network.
     """
@@ -841,79 +780,28 @@ def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Ten
     }
 
 
-RUN_FIGURES = ("losses", "accuracy", "filters", "confusion")  # of every run: report.py draws them
+def as_lines(value) -> str:
+    """JSON with a line per entry of a result, and per epoch of its history: for people, and for git."""
+    if isinstance(value, list):
+        return "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
+    return json.dumps(value, allow_nan=False)
 
 
 def write_result(run_folder: Path, result: dict, state: dict) -> bool:
     """seed<N>.json, and seed<N>.npz: the first layer's filters before training and at the last epoch, and the training
-    loss of every step, [epochs, steps].
-
-    Returns whether the result is new; then figures of older ones are deleted, lest an interrupt leave them beside it.
+    loss of every step, [epochs, steps]. Returns whether the result is new.
     """
-    text = json.dumps(result, indent=2)
-    innermost = r"[\[{][^\[\]{}]*[\]}]"  # on one line each
-    text = re.sub(innermost, lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
-    epochs = {"before": 0, "last": len(result["history"])}
+    path = run_folder / f"seed{result['seed']}.json"
+    text = "{\n " + ",\n ".join(f"{json.dumps(name)}: {as_lines(value)}" for name, value in result.items()) + "\n}\n"
+    if path.exists() and path.with_suffix(".npz").exists() and json.loads(path.read_text()) == json.loads(text):
+        return False
+    epochs, buffer = {"before": 0, "last": len(result["history"])}, io.BytesIO()
     arrays = {name: state["filters"][epoch].numpy() for name, epoch in epochs.items()}
-    arrays["step_losses"] = torch.stack(state["step_losses"][: epochs["last"]]).numpy()
-    path, content = run_folder / f"seed{result['seed']}.json", (text + "\n").encode()
-    new = not path.exists() or path.read_bytes() != content
-    if new:
-        for name in RUN_FIGURES:
-            (run_folder / f"{name}.png").unlink(missing_ok=True)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(run_folder / f"seed{result['seed']}.npz", buffer.getbuffer())
-    write_atomic(path, content)
-    return new
-
-
-def load_results(run_folder: Path) -> list[dict]:
-    """The results in a run's folder, one per seed, in order of seeds; empty where it has none. Raises UserError."""
-    paths = [p for p in run_folder.glob("seed*.json") if re.fullmatch(r"seed\d+\.json", p.name)]
-    return sorted((load_result(path) for path in paths), key=lambda r: r["seed"])
-
-
-def load_result(path: Path) -> dict:
-    """A result as `write_result` wrote it, checked. Raises UserError where it is damaged."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        result["settings"] = Settings().as_dict() | result["settings"]  # newer ones were at their default
-        check_result(result, path.stem)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from error
-    return result
-
-
-def check_result(result: dict, stem: str) -> None:
-    """Does it hold what figures and tables need, and do its numbers agree? Raises ValueError, or KeyError and the like."""
-    names = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "lr", "seconds")
-    numbers = [entry[name] for entry in result["history"] for name in names]
-    numbers += [row["parameters"] for row in result["parameters"]["layers"]]
-    for number in [*numbers, result["parameters"]["trainable"]]:
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise ValueError(f"{number!r} is not a number")
-    if stem != f"seed{result['seed']}":
-        raise ValueError(f"it is of seed {result['seed']}")
-    if result["best_epoch"] != best_epoch(result["history"]):
-        raise ValueError(f"its best epoch is {best_epoch(result['history'])}")
-    for weights in ("best", "last"):
-        scored = result["test"][weights]
-        correct, confusion = correct_images(scored), np.array(scored["confusion"])
-        first = correct[:REPORT_TEST_IMAGES]
-        if not all(
-            math.isclose(100 * part.mean(), scored[name]["accuracy"], abs_tol=1e-3)
-            for name, part in (("report_images", first), ("all_images", correct))
-        ):
-            raise ValueError(f"its {weights} accuracy is not that of its images")
-        if confusion.shape != (10, 10) or confusion.trace() != correct.sum() or confusion.sum() != len(correct):
-            raise ValueError(f"its {weights} confusion matrix is not that of its images")
-    if missing := {"run", "question"} - result.keys():
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    for machine in (*result["earlier_environments"], result["environment"]):
-        if missing := {"device", "precision", "torch", "from_epoch"} - machine.keys():
-            raise ValueError(f"an environment lacks {', '.join(sorted(missing))}")
+    np.savez_compressed(buffer, step_losses=torch.stack(state["step_losses"][: epochs["last"]]).numpy(), **arrays)
+    path.unlink(missing_ok=True)  # an interrupt must not leave one training's JSON beside another's npz
+    write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
+    write_atomic(path, text.encode())
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -926,31 +814,46 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def make_parser(doc: str) -> Parser:
+def seed_number(text: str) -> int:
+    """Type of --seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 up, not '{text}'")
+    return int(text)
+
+
+def make_parser(doc: str | None) -> Parser:
     """The options all question scripts share; `doc` is the script's docstring, its manual."""
     parser = Parser(doc)
+    add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--list", action="store_true", help="show every run and its state, and exit")
+    add("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
+    seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
+    seeds.add_argument("--seed", type=seed_number, metavar="N", help="train seed N alone")
     epochs = "instead of the report's number; such runs are named by it, and not compared"
-    precision = "fp32, bf16, or auto: bf16 where it is native and faster"
-    parser.add_argument("--list", action="store_true", help="show every run, its state and the time left, and exit")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
-    parser.add_argument("--epochs", type=positive, metavar="N", help=epochs)
+    add("--epochs", type=positive, metavar="N", help=epochs)
     sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
-    parser.add_argument("--sample", action="store_true", help=sample)
-    data = "folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/"
-    parser.add_argument("--data-dir", type=expand, help=data)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
-    parser.add_argument("--fresh", action="store_true", help="start over; the old checkpoints stay as *.old1, *.old2")
-    parser.add_argument("--replot", action="store_true", help="rebuild every figure from the results, train nothing")
-    parser.add_argument("--output-dir", type=expand, default=ROOT / "results", help="default results/")
-    parser.add_argument("--checkpoint-dir", type=expand, default=ROOT / "checkpoints", help="default checkpoints/")
+    add("--sample", action="store_true", help=sample)
+    add("--data-dir", type=expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
+    precision = "fp32, bf16, or auto: bf16 where it is native and faster"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
+    add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
+    add("--figures", choices=("pdf", "svg"), help="write every figure in this format too")
+    add("--output-dir", type=expand, default=ROOT / "results", help="default results/")
+    add("--checkpoint-dir", type=expand, default=ROOT / "checkpoints", help="default checkpoints/")
     return parser
 
 
-def question_folder(question: str, args: argparse.Namespace) -> Path:
-    """Where the results of a question are: those of the sample never stand among the real ones."""
-    return args.output_dir / "sample" / question if args.sample else args.output_dir / question
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the questions' folders are: those of the sample never stand among the real ones."""
+    return args.output_dir / "sample" if args.sample else args.output_dir
+
+
+def on_sample(settings: Settings) -> Settings:
+    """These settings as they suit the bundled excerpt: so few images need smaller batches, at half the learning rate."""
+    epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
+    return dataclasses.replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 
 
 def asked_for(run: Run, args: argparse.Namespace, precision: str) -> Run:
@@ -968,132 +871,89 @@ def asked_for(run: Run, args: argparse.Namespace, precision: str) -> Run:
         name += f"_{args.epochs}epochs"
     if args.precision != "auto":
         name += f"_{precision}"
-    return dataclasses.replace(run, name=name, settings=settings)
+    return Run(name, settings)
 
 
 def select_runs(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> list[Run]:
-    """The runs of --only, in its order, with the command line's settings; all of them without."""
-    precision = on_all(lambda: choose_precision(args.precision, device))
+    """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
+    precision = choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     by_name = asked | {run.name: run for run in asked.values()}
     if unknown := set(args.only or ()) - by_name.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(asked)}")
     chosen = {by_name[name].name: by_name[name] for name in args.only or asked}
-    return list(chosen.values())
+    seeds = range(args.seeds) if args.seed is None else [args.seed]
+    return [run.with_settings(seed=seed) for run in chosen.values() for seed in seeds]
 
 
-def every_seed(runs: Sequence[Run], seeds: int) -> list[Run]:
-    return [
-        dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=seed))
-        for run in runs
-        for seed in range(seeds)
-    ]
+def train_runs(
+    question: str,
+    runs: Sequence[Run],
+    args: argparse.Namespace,
+    device: torch.device,
+    network: Build = convnet,
+    prepare: Callable | None = None,
+    split: Callable | None = None,
+) -> Iterator[Run]:
+    """Train what is missing of every run; yields each run whose result is new, when it is written.
 
-
-def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Split]:
-    keep_large_blocks()
-    data = on_all(lambda: load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir)))
-    return {part: split.to(device) for part, split in data.items()}
-
-
-def train_runs(question: str, runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> Iterator[Run]:
-    """Train what is missing of every run and seed; yields each run whose result is new, when it is written.
-
-    With --replot there is nothing to train.
+    network: builds it from the settings. prepare: see `train`. split: makes other splits of the data. With --replot
+    there is nothing to train. What can be checked is checked before the first training.
     """
     if args.replot:
         return
-    here = question_folder(question, args)
-    on_first(lambda: [load_results(path) for path in here.parent.glob("q*/*/")])  # damage is an error now, not in hours
-    for run, parameters, state, data in train_all(runs, args, device):
+    for folder in (args.output_dir, args.checkpoint_dir):
+        require_writable(folder)
+    data, shown, renamed = load_data(args, device), set(), set()
+    data = split(data) if split else data
+    kept = {} if args.fresh else {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
+    for path, run in tqdm(
+        kept.items(), desc="reading checkpoints", leave=False, delay=2, disable=True if rank() else None
+    ):
+        if path.exists():
+            model = build(run, device, network)
+            load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
+    for run in runs:
+        path = checkpoint_path(args.checkpoint_dir, run.settings)
+        with ExitStack() as held:
+            if rank() == 0:
+                held.enter_context(file_lock(path.with_suffix(".lock")))
+                remove_leftovers(path)
+                if args.fresh and path not in renamed and path.exists():
+                    os.replace(path, path.with_suffix(".old"))
+                renamed.add(path)
+            barrier()
+            model = build(run, device, network)
+            parameters = all_parameters(model)
+            if str(model) not in shown and rank() == 0:
+                say(describe(model))
+            shown.add(str(model))
+            state = train(run, model, data, device, path, prepare)
         result = read_run(question, run, parameters, state, data["test"].labels)
-        if on_first(lambda: write_result(here / run.name, result, state)):
+        if rank() == 0 and write_result(output_folder(args) / question / run.name, result, state):
             yield run
 
 
-def train_all(
-    runs: Sequence[Run], args: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[Run, dict, dict, dict[str, Split]]]:
-    """Train what is missing of every run and seed; yields each run with its parameters, its checkpoint and the images."""
-    on_first(lambda: [require_writable(path) for path in (args.output_dir, args.checkpoint_dir)])
-    data = load_data(args, device)
-    queue = every_seed(runs, args.seeds)
-    if args.fresh:
-        on_first(lambda: set_aside({checkpoint_path(args.checkpoint_dir, run.settings) for run in queue}))
-    shown = set()
-    for run, path in locked_runs(queue, args.checkpoint_dir):
-        model = on_all(partial(build, run, device))
-        parameters = all_parameters(model)
-        if str(model) not in shown and rank() == 0:
-            print(describe(model))
-        shown.add(str(model))
-        yield run, parameters, train(run, model, data, device, path), data
-
-
-def list_runs(
-    question: str, runs: Sequence[Run], args: argparse.Namespace, has_result: Callable[[Run], bool] | None = None
-) -> None:
-    """--list: every run's state, and an estimate of the time left from the epochs trained so far.
-
-    An epoch is taken to last what those of the same network did in any checkpoint there is. Runs that share a
-    trajectory share what is left. A run has a result where its file is there, unless `has_result` says otherwise.
-    """
-    folder = question_folder(question, args)
-    has_result = has_result or (lambda run: (folder / run.name / f"seed{run.settings.seed}.json").exists())
-    on_first(lambda: print_runs(every_seed(runs, args.seeds), args.checkpoint_dir, has_result))
-
-
-def print_runs(runs: Sequence[Run], checkpoint_dir: Path, has_result: Callable[[Run], bool]) -> None:
-    checkpoints = {path.stem: glance(path) for path in sorted(checkpoint_dir.glob("*.pt"))}
-    seconds = epoch_seconds(checkpoints.values())
-    width, left_of = max(len(run.name) for run in runs), {}
+def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """--list: every run and its state."""
+    if rank():
+        return
+    width = max(len(run.name) for run in runs)
     for run in runs:
-        settings, key = run.settings, run.settings.key()
-        state, left = run_state(settings, checkpoints.get(key, ({}, [])), has_result(run))
-        line = f"{run.name:<{width}}  seed {settings.seed}  {settings.epochs:>3} epochs  {state:<28}"
-        if left:
-            per_epoch = seconds.get(kind(settings.trajectory()))
-            if left > left_of.get(key, (0, None))[0]:
-                left_of[key] = (left, per_epoch)
-            line += f"at most {duration(left * per_epoch)} left" if per_epoch else f"{left} epochs left"
-        print(line.rstrip())
-    if len(runs) > 1 and left_of:
-        known = sum(epochs * per_epoch for epochs, per_epoch in left_of.values() if per_epoch)
-        unknown = sum(epochs for epochs, per_epoch in left_of.values() if not per_epoch)
-        parts = [f"at most {duration(known)}"] * bool(known) + [f"{unknown} epochs"] * bool(unknown)
-        print("in all:", " and ".join(parts), "left")
+        result = output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
+        state = run_state(checkpoint_path(args.checkpoint_dir, run.settings), run.settings, result.exists())
+        say(f"{run.name:<{width}}  seed {run.settings.seed}  {run.settings.epochs:>3} epochs  {state}")
 
 
-def glance(path: Path) -> tuple[dict, list[dict]] | None:
-    """Settings and history of a checkpoint, without its tensors; None where it is damaged."""
+def run_state(path: Path, settings: Settings, has_result: bool) -> str:
+    """In words, from the checkpoint at `path`, read without its tensors."""
     try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        return state["settings"], state["history"]
-    except Exception:  # a damaged file fails anywhere in zipfile, pickle or torch
-        return None
-
-
-def kind(trajectory: dict) -> tuple:
-    """What an epoch's duration depends on most."""
-    return tuple(trajectory.get(name) for name in ("network", "backbone", "data", "optimizer"))
-
-
-def epoch_seconds(checkpoints: Iterable[tuple[dict, list[dict]] | None]) -> dict[tuple, float]:
-    """Median seconds of an epoch, by `kind`."""
-    seconds: dict[tuple, list[float]] = {}
-    for settings, history in filter(None, checkpoints):
-        seconds.setdefault(kind(settings), []).extend(h["seconds"] for h in history)
-    return {of: statistics.median(found) for of, found in seconds.items() if found}
-
-
-def run_state(settings: Settings, checkpoint: tuple[dict, list[dict]] | None, has_result: bool) -> tuple[str, int]:
-    """In words, and how many epochs are left at most."""
-    if checkpoint is None:
-        return "damaged checkpoint", settings.epochs
-    _, history = checkpoint
-    if stops_after(history, settings):
-        return ("done" if has_result else "trained, no result yet"), 0
+        history = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["history"]
+    except FileNotFoundError:
+        history = []
+    except Exception:  # noqa: BLE001 - a damaged file fails anywhere in zipfile, pickle or torch
+        return "damaged checkpoint"
+    if history and stops_after(history, settings):
+        return "done" if has_result else "trained, no result yet"
     state = f"epoch {len(history)}" if history else "not started"
-    if has_result:
-        state += " (has a result)"  # of another machine, or of before --fresh
-    return state, settings.epochs - len(history)
+    return f"{state} (has a result)" if has_result else state  # of another machine, or of before --fresh

@@ -41,7 +41,9 @@ def cut_sample(data_dir: Path, folder: Path = HERE, seed: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=expand, help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)")
+    parser.add_argument(
+        "--data-dir", type=expand, help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)"
+    )
     try:
         cut_sample(find_data_dir(parser.parse_args().data_dir))
     except UserError as error:

@@ -1,0 +1,154 @@
+"""Layers that a CPU computes faster than PyTorch's own: the same parameters, printed and saved as PyTorch's.
+
+CUDA and MPS keep PyTorch's kernels.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Directions(NamedTuple):
+    """The three results of a convolution's step: which of them are computed as one matrix product."""
+
+    output: bool = False
+    input_gradient: bool = False
+    weight_gradient: bool = False
+
+
+class ProductRule(NamedTuple):
+    """The largest output, in pixels per image, for which each direction is computed as a product; 0 is never.
+
+    A fixed rule of the CPU, not a timing at start: a run must repeat. `bench.py` prints what it rests on.
+    """
+
+    output: int = 0
+    input_gradient: int = 0
+    weight_gradient: int = 0
+
+    def directions(self, pixels: int) -> Directions:
+        return Directions(*(pixels <= limit for limit in self))
+
+    def __str__(self) -> str:
+        """As `environment` in the results records it."""
+        limits = ", ".join(f"{name.replace('_', ' ')} up to {limit} pixels" for name, limit in self._asdict().items())
+        return f"products: {limits}" if any(self) else "PyTorch's own"
+
+
+@functools.cache
+def product_rule(device_type: str, dtype: torch.dtype) -> ProductRule:
+    """oneDNN's bfloat16 convolutions leave matrix units idle where the output is small.
+
+    Its backward-weights kernel for AMX works row by row, and rows of 8 pixels fill a quarter of a tile.
+    """
+    if device_type != "cpu" or dtype != torch.bfloat16:
+        return ProductRule()
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("amx_bf16"):
+        return ProductRule(output=16, input_gradient=16, weight_gradient=64)
+    if cpu.get("avx512_bf16"):
+        return ProductRule(output=16, input_gradient=16, weight_gradient=16)
+    return ProductRule()
+
+
+def image_patches(images: Tensor, size: int) -> Tensor:
+    """Every pixel's surroundings, zeros outside the image: [N, C, H, W] -> [N * H * W, size * size * C]."""
+    n, channels, height, width = images.shape
+    edge = size // 2
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, edge, edge, edge, edge))  # [N, H + 2 edge, W + 2 edge, C]
+    patches = padded.unfold(1, size, 1).unfold(2, size, 1)  # [N, H, W, C, size, size]
+    return patches.permute(0, 1, 2, 4, 5, 3).reshape(n * height * width, size * size * channels)
+
+
+def as_images(pixels: Tensor, like: Tensor) -> Tensor:
+    """[N * H * W, C] -> [N, C, H, W], channels_last, with N, H and W of `like`."""
+    n, _, height, width = like.shape
+    return pixels.view(n, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
+
+
+class ConvolutionAsProduct(torch.autograd.Function):
+    """F.conv2d with stride 1 and padding K // 2 for an odd kernel size K, some directions as one matrix product each.
+
+    apply(images [N, C_in, H, W], weight [C_out, C_in, K, K], bias [C_out], directions) -> [N, C_out, H, W].
+    """
+
+    @staticmethod
+    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, directions: Directions) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.directions = directions
+        size = weight.shape[-1]
+        if not directions.output:
+            return F.conv2d(images, weight, bias, padding=size // 2)
+        kernels = weight.permute(0, 2, 3, 1).flatten(1)  # [C_out, K * K * C_in]
+        return as_images(F.linear(image_patches(images, size), kernels, bias), images)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight = ctx.saved_tensors
+        size, channels = weight.shape[-1], weight.shape[1]
+        by_input = by_weight = None
+        wanted = [need and not product for need, product in zip(ctx.needs_input_grad, ctx.directions[1:])]
+        if any(wanted):  # by PyTorch's kernels
+            by_input, by_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, images, weight, None, [1, 1], [size // 2] * 2, [1, 1], False, [0, 0], 1, [*wanted, False]
+            )
+        pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [N * H * W, C_out]
+        if ctx.needs_input_grad[0] and ctx.directions.input_gradient:
+            kernels = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)  # [K * K * C_out, C_in]
+            by_input = as_images(image_patches(gradient, size) @ kernels, images)
+        if ctx.needs_input_grad[1] and ctx.directions.weight_gradient:
+            kernels = pixels.T @ image_patches(images, size)  # [C_out, K * K * C_in]
+            by_weight = kernels.view(-1, size, size, channels).permute(0, 3, 1, 2)
+        by_bias = pixels.sum(0) if ctx.needs_input_grad[2] else None
+        return by_input, by_weight, by_bias, None
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d; on CPUs where it pays, some directions of small layers are computed as products of matrices.
+
+    Those with stride 1, padding K // 2, odd K and a bias: the convolutions of ConvNet and of VGG11_bn.
+    """
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d) -> "Conv2d":
+        """With the very parameters of another one; nothing is drawn."""
+        with torch.device("meta"):
+            ours = cls(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
+        ours.weight, ours.bias = layer.weight, layer.bias
+        return ours
+
+    def keeps_size(self) -> bool:
+        size = self.kernel_size[0]
+        simple = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
+        same = size % 2 == 1 and self.kernel_size == (size, size) and self.padding == (size // 2, size // 2)
+        return simple and same and self.bias is not None
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+        directions = product_rule(device, dtype).directions(images.shape[2] * images.shape[3])
+        if not any(directions) or not self.keeps_size():
+            return super().forward(images)
+        return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), directions)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU its mask is cut from 64-bit integers, four units from each, instead of one draw a unit.
+
+    A step of ConvNet with dropout takes 1.2 to 1.3 times as long with nn.Dropout (AMD EPYC, Zen 3, float32). The dropped
+    share is p rounded to 1 / 65,536, and the rest is scaled by what that share asks for.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        dropped = round(self.p * 2**16)
+        if not self.training or inputs.device.type != "cpu" or dropped in (0, 2**16):
+            return super().forward(inputs)
+        drawn = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # every 64-bit integer
+        kept = drawn.view(torch.int16)[: inputs.numel()] >= dropped - 2**15
+        strides = torch.empty_like(inputs, device="meta").stride()  # the mask lies in memory as the inputs do
+        mask = kept.to(inputs.dtype).as_strided(inputs.shape, strides)
+        return (inputs * mask).mul_(2**16 / (2**16 - dropped))

@@ -1,0 +1,372 @@
+"""What depends on the machine: device and precision, processes, files, and errors that a person can act on."""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import difflib
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torchvision
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from parts.layers import product_rule
+
+
+class UserError(Exception):
+    """Something the user can mend: `session` prints it as one line on standard error and exits with code 2."""
+
+
+# ------------------------------------------------------------------------------------------------- device, precision
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
+
+    Also sets up this process for it; call before torch starts its threads, which take over how they treat subnormals.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if launched() and (name == "mps" or name.startswith("cuda:")):
+        raise UserError(f"torchrun gives every process a GPU of its own or none: --device cuda or cpu, not {name}")
+    if name == "cuda" and launched():
+        processes_here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes_here > gpus:
+            raise UserError(f"torchrun: {processes_here} processes for {gpus} GPUs")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        there = available.get(device.type, False)
+        there = there and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count())
+    except RuntimeError:
+        there = False
+    if not there:
+        kinds = ", ".join(kind for kind, here in available.items() if here)
+        raise UserError(f"--device {name} is not there; on this machine: {kinds}")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
+    if device.type == "cpu":  # weight decay lets most of ConvNet's weights sink below 1e-38, where CPUs become slow
+        torch.set_flush_denormal(True)
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Does the device multiply bfloat16 in hardware?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where it is native and pays, else fp32. Raises UserError for bf16 where it would be emulated.
+
+    Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
+    """
+    native = native_bf16(device)
+    if name == "bf16" and not native:
+        raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
+    if name != "auto":
+        return name
+    cpu = torch.cpu.get_capabilities()
+    slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
+    return "bf16" if native and not slow else "fp32"
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """What convolutions and matrix products are computed in; weights stay float32, and what optimisers keep."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def environment(device: torch.device, precision: str) -> dict:
+    """What the numbers may depend on beyond the settings."""
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    devices = {"cpu": f"{cpu}, {os.cpu_count()} cores"}
+    if device.type == "cuda":
+        devices["cuda"] = torch.cuda.get_device_name(device)
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain string, else weights_only refuses the checkpoint
+        "torchvision": torchvision.__version__,
+        "device": devices.get(device.type, device.type),
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "convolutions": str(product_rule(device.type, computing_dtype(precision))),
+    }
+
+
+def announce(what: str, device: torch.device, precision: str) -> None:
+    """One line: what is trained, and on what. And a hint where torch cannot see the machine's GPU."""
+    here = environment(device, precision)
+    processes = f", {here['processes']} processes" if here["processes"] > 1 else ""
+    tell(f"{what} trains on {here['device']}, {here['threads']} threads{processes}, {precision}, torch {here['torch']}")
+    if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
+        tell("this machine has an NVIDIA GPU, but this torch is a build for CPUs: see pytorch.org for one with CUDA")
+
+
+def keep_large_blocks() -> None:
+    """Tell glibc's malloc to keep freed blocks, else every step returns its activations to the kernel and back.
+
+    Without it a step of ConvNet takes 1.2 to 1.5 times as long (AMD EPYC, Zen 3, float32). Call before the first large
+    allocation. Without glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 256 * 2**20)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+#
+# Several processes, under torchrun. All read the same files, the first one writes them, and when one of them fails
+# torchrun ends them all. Alone, rank is 0 and the world 1.
+
+
+def launched() -> bool:
+    """By torchrun?"""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def my_part(n: int) -> slice:
+    """This process's part of a batch of n."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """In place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def normalises_parts(model: nn.Module, device: torch.device) -> bool:
+    """Does batch norm see a part of the batch in every process? CUDA synchronises it; CPUs cannot."""
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return batch_norm and world_size() > 1 and device.type != "cuda"
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes when launched by torchrun: nccl on CUDA, else gloo; the cores are shared evenly."""
+    if not launched():
+        yield
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The first process may wait for a lock while the others wait for it.
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(days=2)
+    torch.distributed.init_process_group(backend, timeout=patience)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def expand(text: str) -> Path:
+    """Type of options that name a file or a folder: ~ is the home folder, which a shell leaves alone after "=".
+
+    Raises UserError for an empty path, such as an unset variable gives, and for a home that is not there.
+    """
+    if not text:
+        raise UserError("a path on the command line is empty (an unset variable?)")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder where it is missing. Raises UserError where nothing can be written to it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        advice = "choose another with --output-dir or --checkpoint-dir"
+        raise UserError(f"cannot write to {path}: {error.strerror}; {advice}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside the target and rename: `path` holds the old content or the new, whole. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # folders may be shared
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name must survive a power cut too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What processes that were killed while writing `path` left beside it. Call while no other process can write it."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):  # another user's
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file, waiting for another process that has it, and saying so. A killed process lets go of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock, minutes = FileLock(path, mode=0o666), 0  # folders may be shared by several users
+        while True:
+            try:
+                lock.acquire(timeout=600 if minutes else 0)
+                break
+            except Timeout:
+                waited = f" (for {minutes} minutes now)" if minutes else ""
+                tell(f"waiting{waited} until another process lets go of {path}; Ctrl-C ends the waiting")
+                minutes += 10
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}; is the folder yours to write?") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ------------------------------------------------------------------------------------------------- errors for people
+
+
+def say(text: str, stream=None) -> None:
+    """Print a line, on standard output by default. A reader that has gone away (`| head`), or a disk that is full, ends
+    the printing and not the training.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with suppress(OSError, ValueError):  # Python's own flush at the end goes nowhere either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(message: str) -> None:
+    """A line on standard error, from one process."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message, sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are UserErrors; its help shows the script's docstring as it stands; options are written out."""
+
+    def __init__(self, doc: str | None):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        meant = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        raise UserError(f"{message}{hint} (see --help)")
+
+
+OUT_OF_MEMORY = r"not enough memory|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc"
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """One line that says what to do, and the exit code; None for what is our own fault, which deserves a traceback."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished epochs are kept, the same command (without --fresh) goes on after them", 130
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is full ({first_line(error)}): end what else runs there, or choose another --device",
+            2,
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))):
+        return f"there is not enough memory ({first_line(error)}): end what else runs on this machine", 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 2
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+@contextmanager
+def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple[argparse.Namespace, torch.device]]:
+    """Around a script's main: yields the parsed command line and the device, with all processes joined.
+
+    What `explain` knows ends in one line on standard error and SystemExit. Also from a thread or a notebook's cell,
+    where signals are not ours to set.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack a character
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, before)
+        try:
+            args = parser.parse_args(argv)
+            device = choose_device(args.device)
+            with processes(device):
+                yield args, device
+        except (Exception, KeyboardInterrupt) as error:
+            if (explained := explain(error)) is None:
+                raise
+            process = os.environ.get("RANK", "0")
+            who = parser.prog if process == "0" else f"{parser.prog}, process {process}"
+            say(f"{who}: {explained[0]}", sys.stderr)
+            raise SystemExit(explained[1]) from None

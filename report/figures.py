@@ -1,0 +1,300 @@
+"""Figures: of every run beside the report's curves, the overview, and the pieces that questions draw theirs with."""
+
+import io
+import re
+import textwrap
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import CLASSES, visualize_filters
+from parts.machine import UserError, write_atomic
+from report.claims import MARKS
+from report.numbers import ReportRow, Result, figures_of, measure, name_of, read_arrays, the_report
+
+MADE_BY = "Written by the question scripts"  # in every page and picture: nothing else is ever replaced
+GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
+COLORS = {"holds": "tab:green", "reversed": "tab:red"}  # of marks; grey for all others
+
+
+@contextmanager
+def plain_style():
+    """matplotlib's own defaults, whatever the user's matplotlibrc says: figures are the same for everyone."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.hashsalt"] = MADE_BY
+        yield
+
+
+def require_ours(path: Path) -> None:
+    """Raises UserError where there is a file that these scripts did not write."""
+    if path.exists() and MADE_BY.encode() not in path.read_bytes():
+        raise UserError(f"{path} was not written by these scripts: move it away, or choose another --output-dir")
+
+
+def write_ours(path: Path, data: bytes) -> None:
+    require_ours(path)
+    write_atomic(path, data)
+
+
+def save_figure(figure: Figure, path: Path, also: str | None = None, stamp: str = "") -> None:
+    """As PNG, and in the format `also`. stamp: what it is drawn from (see `is_drawn`)."""
+    note = f"{MADE_BY} {stamp}"
+    metadata = {
+        "png": {"Software": None, "Comment": note},
+        "pdf": {"Creator": note, "CreationDate": None, "Producer": None},
+        "svg": {"Creator": note, "Date": None},
+    }
+    for kind in ["png", *([also] if also else [])]:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=110, bbox_inches="tight", metadata=metadata[kind])
+        write_ours(path.with_name(f"{path.stem}.{kind}"), buffer.getvalue())
+
+
+def is_drawn(path: Path, stamp: str) -> bool:
+    """Is the picture there, and drawn from what has this stamp?"""
+    return path.exists() and f"{MADE_BY} {stamp}".encode() in path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def title(result: Result, text: str) -> str:
+    """Heading of a figure. Those of the sample say so."""
+    return f"{'SAMPLE (not all of CIFAR-10): ' if result.is_sample else ''}question {result.question[1:]}: {text}"
+
+
+def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def new_axes(heading: str, ylabel: str):
+    """A figure with one set of axes over epochs; returns both."""
+    figure = Figure(figsize=(7.5, 4.5))
+    axes = figure.add_subplot(title=textwrap.fill(heading, 64))
+    style_axes(axes, ylabel)
+    return figure, axes
+
+
+def new_panels(heading: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
+    """A figure with two panels; returns it and both axes."""
+    figure = Figure(figsize=(14, 4.8))
+    panels = figure.subplots(1, 2)
+    for axes, ylabel in zip(panels, ylabels):
+        style_axes(axes, ylabel, xlabel)
+    figure.suptitle(heading)
+    return figure, panels
+
+
+def new_grid(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure of rows x columns panels of this size (inches); returns it and the axes, row by row."""
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+
+
+def shades(count: int) -> np.ndarray:
+    """Colours for an ordered family of curves, [count, 4]."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
+
+
+def plot_curve(axes, found: Sequence[Result], curve: str, label: str | None, **style) -> None:
+    """Over epochs: the mean over seeds; of several, a band of one standard deviation too.
+
+    Seeds that early stopping ended after different epochs have a line each. A single epoch is a dot.
+    """
+    if len({result.epochs for result in found}) > 1:
+        for result in found:
+            plot_curve(axes, [result], curve, label if result is found[0] else None, **style)
+        return
+    values = np.array([result.curves[curve] for result in found])  # [seeds, epochs]
+    epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+    marker = "o" if len(epochs) == 1 else None
+    (line,) = axes.plot(epochs, mean, label=label, **{"marker": marker} | style)
+    if len(found) > 1:
+        deviation = values.std(0, ddof=1)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def plot_reports_curves(axes, result: Result, styles: dict[str, str]) -> None:
+    """The report's curves of a run, unobtrusive; none beside the sample. styles: curve -> line style."""
+    drawn = [figure for figure in figures_of(result.run) if styles.keys() & figure.keys()]
+    for figure, grey in zip([] if result.is_sample else drawn, GREYS):
+        for curve, style in styles.items():
+            if curve in figure:
+                label = f"report, Figure {figure['figure']}"
+                if len(styles) > 1:
+                    label += f": {'training' if curve == 'train_loss' else 'validation'}"
+                epochs = range(1, len(figure[curve]) + 1)
+                axes.plot(epochs, figure[curve], color=grey, linewidth=1, linestyle=style, label=label)
+
+
+def plot_loss_curves(axes, found: Sequence[Result]) -> None:
+    """All losses of a run, and the report's."""
+    plot_curve(axes, found, "train_loss", "training", color="tab:blue")
+    plot_curve(axes, found, "validation_loss", "validation", color="tab:orange")
+    plot_augmented(axes, found, "augmented_validation_loss")
+    plot_reports_curves(axes, found[0], {"train_loss": "-", "validation_loss": "--"})
+
+
+def plot_augmented(axes, found: Sequence[Result], curve: str) -> None:
+    """Validation on augmented images, where one of the report's questions has it."""
+    if found[0].question in the_report()["numbers"] and curve in found[0].curves:
+        label = "validation, augmented as in the report"
+        plot_curve(axes, found, curve, label, color="tab:orange", linestyle=":")
+
+
+# -------------------------------------------------------------------------------------------------------- of one run
+
+
+def plot_losses(found: Sequence[Result]) -> Figure:
+    """Training and validation loss over epochs, all seeds, beside the report's curves."""
+    figure, axes = new_axes(title(found[0], f"{name_of(found[0].run)}, loss"), "cross entropy")
+    plot_loss_curves(axes, found)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_accuracy(found: Sequence[Result]) -> Figure:
+    """Validation accuracy over epochs, every seed's best epoch marked, beside the report's curves."""
+    figure, axes = new_axes(title(found[0], f"{name_of(found[0].run)}, validation accuracy"), "accuracy (%)")
+    plot_curve(axes, found, "validation_accuracy", "validation", color="tab:orange")
+    plot_augmented(axes, found, "augmented_validation_accuracy")
+    for result in found:
+        best, value = result.best_epoch, measure(result, "validation")
+        axes.plot(best, value, "o", color="tab:red", label=f"seed {result.seed}: best {value:.1f} %, epoch {best}")
+    plot_reports_curves(axes, found[0], {"validation_accuracy": "--"})
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_confusion(found: Sequence[Result]) -> Figure:
+    """Confusion matrix of the result's weights on all test images, summed over seeds; percent of the true class."""
+    counts = sum(result.confusion[result.weights] for result in found)
+    percent = 100 * counts / counts.sum(1, keepdims=True)
+    heading = title(found[0], f"{name_of(found[0].run)}, test confusion (% of the true class)")
+    figure = Figure(figsize=(7, 6))
+    axes = figure.add_subplot(title=textwrap.fill(heading, 64), xlabel="predicted", ylabel="true")
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(10), CLASSES, rotation=45, ha="right")
+    axes.set_yticks(range(10), CLASSES)
+    for (row, column), value in np.ndenumerate(percent):
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
+    return figure
+
+
+def plot_filters(found: Sequence[Result]) -> Figure:
+    """The first seed's filters before training and at its last epoch, as the report shows them, on one scale."""
+    first, arrays = found[0], read_arrays(found[0])
+    scale = float(np.quantile(np.abs([arrays["before"], arrays["last"]]), 0.998))
+    panels = {"before training": arrays["before"], f"after {first.epochs} epochs": arrays["last"]}
+    return visualize_filters(
+        panels, title(first, f"{name_of(first.run)}, first-layer filters, seed {first.seed}"), scale
+    )
+
+
+RUN_FIGURES = {"losses": plot_losses, "accuracy": plot_accuracy, "filters": plot_filters, "confusion": plot_confusion}
+
+
+def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
+    """RUN_FIGURES of one run, all seeds, beside its results; of those that are drawn already only with `anew`."""
+    stamp = "-".join(result.digest for result in found)
+    for name, plot in RUN_FIGURES.items():
+        path = found[0].path.with_name(f"{name}.png")
+        if anew or not is_drawn(path, stamp) or (also and not path.with_suffix(f".{also}").exists()):
+            save_figure(plot(found), path, also, stamp)
+
+
+# ---------------------------------------------------------------------------------------------------------- overview
+
+GROUPS = {  # of the overview's rows: a heading before the first run that matches
+    "question 1": "q1/",
+    "question 2": "q2/",
+    "question 3: augmentation": "q3/(?!dropout)",
+    "question 3: dropout": "q3/dropout",
+    "question 4": "q4/",
+}
+BREAK, LEFT, RIGHT = 60, (0, 60), (60, 94)  # percent: below and above the break each axis has a scale of its own
+VERDICTS = {True: "inside", False: "outside", None: "too few seeds"}
+
+
+def plot_overview(rows: Sequence[ReportRow]) -> Figure:
+    """A line per test accuracy of the report: its number, ours measured alike, where one more seed of ours would fall."""
+    lines = []  # a heading, or a row
+    for heading, pattern in GROUPS.items():
+        members = [row for row in rows if re.match(pattern, f"{row.question}/{row.run}")]
+        lines += [heading, *members] if members else []
+    figure = Figure(figsize=(9.6, 0.255 * len(lines) + 1.2))
+    low, high = figure.subplots(1, 2, width_ratios=(0.42, 1), sharey=True, gridspec_kw={"wspace": 0.06})
+    for axes, limits in ((low, LEFT), (high, RIGHT)):
+        for place, row in enumerate(lines):
+            if isinstance(row, str):
+                axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0)
+            else:
+                plot_row(axes, place, row)
+        axes.set(xlim=limits, ylim=(len(lines) - 0.4, -0.6))
+        axes.grid(axis="x", alpha=0.3)
+    low.set_yticks(range(len(lines)), [row if isinstance(row, str) else name_of(row.run) for row in lines])
+    for label, row in zip(low.get_yticklabels(), lines):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    low.tick_params(axis="y", length=0)
+    high.tick_params(axis="y", left=False)
+    low.spines.right.set_visible(False)
+    high.spines.left.set_visible(False)
+    low.set_xticks((0, 20, 40))
+    for place, row in enumerate(lines):
+        if not isinstance(row, str):
+            verdict = VERDICTS[row.inside] if row.results else "not trained"
+            color = {"inside": "tab:green", "outside": "tab:red"}.get(verdict, "0.5")
+            high.text(1.01, place, verdict, transform=high.get_yaxis_transform(), va="center", fontsize=9, color=color)
+    figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.02)
+    handles = high.get_legend_handles_labels()
+    unique = dict(zip(handles[1], handles[0]))
+    figure.legend(
+        unique.values(), unique.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=2, frameon=False
+    )
+    return figure
+
+
+def plot_row(axes, place: int, row: ReportRow) -> None:
+    if row.interval:
+        width = row.interval[1] - row.interval[0]
+        label = "where one more seed of ours would fall (95 %)"
+        axes.barh(place, width, 0.55, left=row.interval[0], color="tab:blue", alpha=0.22, linewidth=0, label=label)
+    alike = [measure(result, "alike") for result in row.results]
+    label = "ours, measured as the report does, a dot per seed"
+    axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
+    if row.results:
+        mean = np.mean([measure(result, "test") for result in row.results])
+        label = "ours, best weights, all 10,000 test images"
+        axes.plot(mean, place, "|", color="tab:orange", markersize=12, markeredgewidth=2, label=label)
+    label = "the report"
+    axes.plot(row.reported, place, "x", color="black", markersize=8, markeredgewidth=2, label=label)
+
+
+def plot_claims(claims: Sequence[dict]) -> Figure:
+    """The report's claims, each with the marks of its parts."""
+    texts = [textwrap.wrap(claim["text"], 98) for claim in claims]
+    places = np.cumsum([0, *(len(text) + 0.45 for text in texts)])
+    figure = Figure(figsize=(9.6, 0.21 * places[-1] + 0.5))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(places[-1] + 0.2, -1.3))
+    axes.axis("off")
+    axes.text(0.04, -1, "The report's claims", va="center", fontweight="bold")
+    key = ", ".join(
+        f"{MARKS[mark]} {mark}" for mark in ("holds", "reversed", "cannot be told", "not run", "for the eye")
+    )
+    axes.text(0.98, -1, f"each part by its 95 % interval: {key}", ha="right", va="center", fontsize=8, color="0.35")
+    for claim, text, place in zip(claims, texts, places):
+        axes.text(0.03, place, claim["number"], ha="right", va="top", fontsize=9, fontweight="bold")
+        axes.text(0.04, place, "\n".join(text), va="top", fontsize=9, linespacing=1.25)
+        for i, part in enumerate(claim["parts"]):
+            color = COLORS.get(part["mark"], "0.55")
+            x = 0.775 + 0.0235 * i
+            axes.text(x, place, MARKS[part["mark"]], va="top", fontsize=11, color=color, fontweight="bold")
+    return figure
