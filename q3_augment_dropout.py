@@ -19,7 +19,6 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from common import Run, Settings, generator, list_runs, load_sample, make_parser, output_folder, select_runs, train_runs

@@ -78,7 +78,7 @@ def transfer_claim(label: str, note: str = "") -> Claim:
 
 CLAIMS = [
     transfer_claim("imagenet"),
-    transfer_claim(STAND_IN, "(Here with Tiny-ImageNet's weights, a stand-in: not the report's setting.)"),
+    transfer_claim(STAND_IN, "Here with Tiny-ImageNet's weights, a stand-in: not the report's setting."),
 ]
 
 

@@ -116,8 +116,9 @@ class Conv2d(nn.Conv2d):
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "Conv2d":
         """With the very parameters of another one; nothing is drawn."""
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         with torch.device("meta"):
-            ours = cls(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
+            ours = cls(*shape, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
         ours.weight, ours.bias = layer.weight, layer.bias
         return ours
 

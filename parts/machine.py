@@ -288,11 +288,13 @@ def file_lock(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- errors for people
 
 
-def say(text: str, stream=None) -> None:
-    """Print a line, on standard output by default. A reader that has gone away (`| head`), or a disk that is full, ends
-    the printing and not the training.
+def say(text: str, error: bool = False) -> None:
+    """Print a line, on standard output or standard error. A reader that has gone away (`| head`), or a disk that is full,
+    ends the printing and not the training.
     """
-    stream = stream or sys.stdout
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed from the start
+        return
     try:
         print(text, file=stream, flush=True)
     except OSError:
@@ -303,7 +305,7 @@ def say(text: str, stream=None) -> None:
 def tell(message: str) -> None:
     """A line on standard error, from one process."""
     if os.environ.get("RANK", "0") == "0":
-        say(message, sys.stderr)
+        say(message, error=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,7 +315,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message)
         meant = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         hint = f"; did you mean {meant[0]}?" if meant else ""
         raise UserError(f"{message}{hint} (see --help)")
@@ -368,5 +370,5 @@ def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple
                 raise
             process = os.environ.get("RANK", "0")
             who = parser.prog if process == "0" else f"{parser.prog}, process {process}"
-            say(f"{who}: {explained[0]}", sys.stderr)
+            say(f"{who}: {explained[0]}", error=True)
             raise SystemExit(explained[1]) from None

@@ -39,12 +39,12 @@ def among_best(runs: Sequence[str], others: Sequence[str]) -> Part:
 
 def narrowest_gap(run: str, others: Sequence[str]) -> Part:
     """Of all these it has the smallest gap between training and validation loss in the last epoch."""
-    return Part((run,), tuple(others), "narrowness", text="the gap between the losses: {other} − {run}")
+    return Part((run,), tuple(others), "narrowness", text="the gap between the losses of {other} − that of {run}")
 
 
 def overfits(run: str, by: float = 5.0) -> Part:
     """The validation loss ends more than `by` percent above its lowest value."""
-    text = f"{{run}}: the validation loss ends above its lowest (the claim is taken to say: by more than {by:g} %)"
+    text = f"the validation loss of {{run}} ends above its lowest (told as: by more than {by:g} %)"
     return Part((run,), (), "rise", (by, math.inf), text)
 
 
@@ -112,7 +112,7 @@ def words(part: Part, run: str, other: str) -> str:
     if part.on != "test":
         text += f", {part.on.replace('_', ' ')}"
     if math.isfinite(part.zone[1]):
-        text += f" (the claim is taken to say: within ±{part.zone[1]:g})"
+        text += f" (told as: within ±{part.zone[1]:g})"
     return text
 
 

@@ -43,7 +43,7 @@ def write_ours(path: Path, data: bytes) -> None:
 
 def save_figure(figure: Figure, path: Path, also: str | None = None, stamp: str = "") -> None:
     """As PNG, and in the format `also`. stamp: what it is drawn from (see `is_drawn`)."""
-    note = f"{MADE_BY} {stamp}"
+    note = f"{MADE_BY} {stamp}."
     metadata = {
         "png": {"Software": None, "Comment": note},
         "pdf": {"Creator": note, "CreationDate": None, "Producer": None},
@@ -57,7 +57,7 @@ def save_figure(figure: Figure, path: Path, also: str | None = None, stamp: str 
 
 def is_drawn(path: Path, stamp: str) -> bool:
     """Is the picture there, and drawn from what has this stamp?"""
-    return path.exists() and f"{MADE_BY} {stamp}".encode() in path.read_bytes()
+    return path.exists() and f"{MADE_BY} {stamp}.".encode() in path.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
@@ -253,7 +253,7 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
             verdict = VERDICTS[row.inside] if row.results else "not trained"
             color = {"inside": "tab:green", "outside": "tab:red"}.get(verdict, "0.5")
             high.text(1.01, place, verdict, transform=high.get_yaxis_transform(), va="center", fontsize=9, color=color)
-    figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.02)
+    figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.06)
     handles = high.get_legend_handles_labels()
     unique = dict(zip(handles[1], handles[0]))
     figure.legend(
@@ -280,8 +280,8 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
 
 def plot_claims(claims: Sequence[dict]) -> Figure:
     """The report's claims, each with the marks of its parts."""
-    texts = [textwrap.wrap(claim["text"], 98) for claim in claims]
-    places = np.cumsum([0, *(len(text) + 0.45 for text in texts)])
+    texts = [textwrap.wrap(f"{claim['text']} {claim['note']}", 98) for claim in claims]
+    places = np.cumsum([0, *(0.78 * len(text) + 0.5 for text in texts)])
     figure = Figure(figsize=(9.6, 0.21 * places[-1] + 0.5))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(places[-1] + 0.2, -1.3))
     axes.axis("off")

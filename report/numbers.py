@@ -395,14 +395,14 @@ def report_rows(root: Path) -> list[ReportRow]:
 
 NAMES = {
     "convnet": "ConvNet",
-    "baseline": "baseline, 30 epochs",
-    "baseline_20": "baseline, 20 epochs",
+    "baseline": "baseline (30 epochs)",
+    "baseline_20": "baseline (20 epochs)",
     "batchnorm": "batch norm",
-    "convnet_patience5": "patience 5",
-    "batchnorm_patience5": "batch norm, patience 5",
-    "batchnorm_patience7": "batch norm, patience 7",
-    "convnet_full": "50 epochs",
-    "batchnorm_full": "batch norm, 50 epochs",
+    "convnet_patience5": "ConvNet (patience 5)",
+    "batchnorm_patience5": "batch norm (patience 5)",
+    "batchnorm_patience7": "batch norm (patience 7)",
+    "convnet_full": "ConvNet (50 epochs)",
+    "batchnorm_full": "batch norm (50 epochs)",
     "color_jitter": "colour jitter",
     "scratch": "VGG11_bn from scratch",
 }
@@ -417,12 +417,12 @@ def name_of(run: str) -> str:
         if run.startswith(f"{part}_"):
             source = run.removeprefix(f"{part}_")
             if source == "imagenet":
-                return f"{name}, ImageNet's features"
+                return f"{name} (ImageNet's features)"
             known = "Tiny-ImageNet's" if "tinyimagenet" in source else "other"
-            return f"{name}, {known} features (stand-in)"
+            return f"{name} ({known} features, a stand-in)"
     if run.startswith("dropout_after_pool_"):
         return f"dropout {run.removeprefix('dropout_after_pool_')} after the pooling"
     name = run.replace("flip_p", "flip ").replace("_no_", " without ")
     if run.startswith("crop_"):
-        return name.replace("_", ", ")
+        return name.replace("_", " + ")
     return name.replace("_", " ")

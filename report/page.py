@@ -84,10 +84,12 @@ def check_report(question: Question, args: argparse.Namespace, runs: Sequence[Ru
     the_report(), report_filters()
     runs = () if args.replot else runs
     ignored = {root / question.name / run.name / f"seed{run.settings.seed}.json" for run in runs}
+    pages = [root / "README.md", root / "overview.png", root / "claims.png"]
+    pages += [root / question.name / name for name in ("README.md", "claims.json")]
+    pages += [path.with_name(f"{name}.png") for path in ignored for name in RUN_FIGURES]
+    for path in pages:
+        require_ours(path)
     read_all(root, question, args.sample, ignored)
-    for path in [root / "README.md", root / "overview.png", root / "claims.png", *(root / question.name).glob("*.*")]:
-        if path.suffix in (".md", ".png", ".json") and path.name != "findings.md":
-            require_ours(path)
     for folder in {root, root / question.name, *(path.parent for path in ignored)}:
         require_writable(folder)
 
@@ -103,8 +105,8 @@ def update_report(question: Question, args: argparse.Namespace, run: Run) -> Non
 def finish_report(question: Question, args: argparse.Namespace) -> None:
     """At the end: figures and pages, and what there is on the screen. Raises UserError."""
     if rank() == 0:
-        results = write_report(question, args, anew=args.replot)
-        show(question, results, args)
+        own = write_report(question, args, anew=args.replot)
+        show(question, own, args)
 
 
 def write_report(question: Question, args: argparse.Namespace, anew: bool = False) -> Results:
@@ -156,14 +158,15 @@ def read_all(root: Path, question: Question, sample: bool, ignored: set[Path]) -
         read_claims(root)
 
 
-def show(question: Question, results: Results, args: argparse.Namespace) -> None:
+def show(question: Question, own: Results, args: argparse.Namespace) -> None:
     """The table, and unless it is the sample the claims, on the screen."""
     folder = output_folder(args) / question.name
-    head, *rows = run_table(question, results, args.sample)
+    results = own | read_beside(folder.parent, question)
+    head, *rows = run_table(question, own, args.sample, results)
     table = [head, *([row[0].split("]")[0].lstrip("["), *row[1:]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table) + "\n")
-    for claim in [] if args.sample else judge_claims(question.claims, results | read_beside(folder.parent, question)):
+    for claim in [] if args.sample else judge_claims(question.claims, results):
         say(f"claim {claim['number']}: {claim['text']}")
         for part in claim["parts"]:
             say(f"  {part['mark']}: {part['text']} {interval_in_words(part)}".rstrip())
@@ -179,7 +182,7 @@ def question_page(
     """What question.md.jinja shows."""
     findings = output_folder(args) / question.name / "findings.md"
     shown = [] if args.sample else the_report()["figures"]
-    table = run_table(question, own, args.sample)
+    table = run_table(question, own, args.sample, results)
     stand_ins = {r[0].settings["weights"] for r in own.values() if " sha256:" in r[0].settings["weights"]}
     return {
         "question": question,
@@ -197,7 +200,7 @@ def question_page(
         "layers": next(iter(own.values()))[0].parameters if own else None,
         "machines": machines(own),
         "stand_ins": sorted(stand_ins),
-        "noise": steady_noise(own.values(), "test"),
+        "noise": steady_noise(results.values(), "test"),
         "run_figures": list(RUN_FIGURES),
         "by_parts": [
             name_of(run) for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)
@@ -211,8 +214,11 @@ def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
     return text if len(found) == 1 else f"{text} ± {values(found, what).std(ddof=1):.{digits}f}"
 
 
-def run_table(question: Question, own: Results, sample: bool) -> list[list[str]]:
-    """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report."""
+def run_table(question: Question, own: Results, sample: bool, results: Results | None = None) -> list[list[str]]:
+    """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report.
+
+    results: the question's own, and those beside them: all tell how far seeds lie apart.
+    """
     head = [
         "run",
         "best epoch of each seed",
@@ -220,7 +226,7 @@ def run_table(question: Question, own: Results, sample: bool) -> list[list[str]]
         "validation as the report: report / ours",
     ]
     head += ["ours: test", "validation", "test − baseline", "from the report's curve", "gap"]
-    noise, rows = steady_noise(own.values(), "test"), []
+    noise, rows = steady_noise((results or own).values(), "test"), []
     for run in dict.fromkeys([*(run.name for run in question.runs), *own]):
         printed = {} if sample else reported(question.name, run)
         theirs = [str(printed.get("test", "-")), validation_of_the_report(run, printed)]

@@ -16,8 +16,8 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import find_data_dir, load_cifar10  # noqa: E402
-from machine import UserError, expand  # noqa: E402
+from common import find_data_dir, load_cifar10
+from parts.machine import UserError, expand
 
 COLUMNS = 50
 PER_CLASS = {"train": 150, "validation": 20, "test": 50}  # 2,200 images, 4.8 MB

@@ -1,31 +1,36 @@
+from types import SimpleNamespace
+
 import torch
 
 import bench
-from common import Run, Settings, build, make_optimizer, train_epoch
+from common import Run, Settings, Split, build, convnet, make_optimizer, train_epoch
+from parts.layers import Conv2d, Dropout
+from q4_vgg_transfer import VGG, vgg
 
 CPU = torch.device("cpu")
-
-
-class Silent:
-    """A progress bar that shows nothing."""
-
-    def update(self, *_):
-        pass
-
-    def set_postfix_str(self, *_, **__):
-        pass
+SILENT = SimpleNamespace(update=lambda *_: None, set_postfix_str=lambda *_, **__: None)  # a progress bar
 
 
 def test_both_loops_take_the_same_step(small):
     """In float32, on the same batch, the plain loop's step is ours: the bench compares speed alone."""
-    settings = Settings(data="cifar10-sample", precision="fp32", batch_size=120)
+    settings, split = Settings(precision="fp32"), Split(small["train"].images[:24], small["train"].labels[:24])
     run = Run("bench", settings)
     ours = build(run, CPU)
-    train_epoch(ours, make_optimizer(ours, settings, CPU), small["train"], settings, 1, Silent())
-    plain, adam = bench.plain_setup(run, CPU)
-    images, labels = small["train"].batch(torch.arange(120), settings)
+    train_epoch(ours, make_optimizer(ours, settings, CPU), split, settings, 1, SILENT)
+    plain, adam = bench.plain_setup(run, convnet, CPU)
+    images, labels = split.batch(torch.arange(24), settings)
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     bench.plain_epoch(plain, adam, iter([(images.contiguous(), labels)]), 1, CPU)
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if a.dim() > 1:  # the gradients agree to rounding; Adam makes a whole step of the rounding of a tiny one
             assert ((a - b).norm() / (b - start[name]).norm()).item() < 0.1, name
+
+
+def test_the_plain_network_is_pytorchs_own_with_our_weights():
+    for settings, network in ((Settings(dropout=0.5), convnet), (VGG, vgg)):
+        ours = build(Run("bench", settings), CPU, network)
+        plain, _ = bench.plain_setup(Run("bench", settings), network, CPU)
+        assert not any(isinstance(layer, (Conv2d, Dropout)) for layer in plain.modules())
+        assert str(plain) == str(ours)
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), plain.state_dict().values()))
+        assert all(p.is_contiguous() and p.requires_grad for p in plain.parameters())

@@ -1,30 +1,39 @@
-"""The layers that a CPU computes faster, against PyTorch's own."""
+"""Device and precision, files, and errors for people."""
 
-import itertools
-import math
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-import machine
-from common import ConvNet
-from machine import (
-    Conv2d,
-    ConvolutionAsProduct,
-    Directions,
-    Dropout,
-    ProductRule,
-    choose_device,
-    fast_convolutions,
-    image_patches,
-)
-from q4_vgg_transfer import VGG11
+from common import make_parser
+from parts import machine
+from parts.machine import UserError, choose_device, choose_precision, expand, file_lock, session, write_atomic
 
-BATCH = 2
-ODD = [(3, 5, 7, 5, 3), (4, 2, 1, 1, 3), (2, 3, 3, 6, 5), (2, 4, 5, 5, 1)]  # C_in, C_out, height, width, kernel size
-EVERY = [Directions(*chosen) for chosen in itertools.product((False, True), repeat=3)]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "tpu", "meta", ""])
+def test_a_device_that_is_not_there(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"--device {device} is not there; on this machine: cuda, .*cpu"):
+        choose_device(device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
+def test_torchrun_gives_out_the_gpus(monkeypatch, device):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="torchrun"):
+        choose_device(device)
 
 
 def test_a_cpu_counts_subnormal_numbers_as_zero():
@@ -35,206 +44,184 @@ def test_a_cpu_counts_subnormal_numbers_as_zero():
     assert (small * 1.0 == 0).all() and (torch.full((8,), 2e-38) * 1.0 > 0).all()
 
 
-def shapes_of(model: nn.Module) -> set[tuple[int, int, int, int, int]]:
-    """C_in, C_out, height, width and kernel size of all its convolutions, for images of 32 x 32."""
-    shapes = set()
-
-    def record(module, inputs, _output):
-        shapes.add((module.in_channels, module.out_channels, *inputs[0].shape[2:], module.kernel_size[0]))
-
-    for module in model.modules():
-        if isinstance(module, Conv2d):
-            module.register_forward_hook(record)
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    return shapes
-
-
-SHAPES = sorted(shapes_of(ConvNet()) | shapes_of(VGG11())) + ODD
+def test_auto_is_bf16_where_it_pays(monkeypatch):
+    for cpu, instructions, auto in (
+        ("AMD EPYC", {"avx512_bf16": True}, "bf16"),
+        ("Intel Xeon", {"avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ("Intel Xeon", {"avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ("", {"bf16": True}, "bf16"),
+        ("Intel Xeon", {}, "fp32"),
+    ):
+        capabilities = {"cpu_name": cpu} | instructions
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert choose_precision("auto", CPU) == auto and choose_precision("fp32", CPU) == "fp32"
+        assert not instructions or choose_precision("bf16", CPU) == "bf16"
+    with pytest.raises(UserError, match="use fp32 or auto"):  # the last one computes no bfloat16
+        choose_precision("bf16", CPU)
 
 
-def make_inputs(shape, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Images, weight, bias and the gradient of the output, channels_last, of the usual sizes."""
-    c_in, c_out, height, width, size = shape
-    rng = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, c_in, height, width, generator=rng)
-    weight = torch.randn(c_out, c_in, size, size, generator=rng) / math.sqrt(c_in * size * size)
-    gradient = torch.randn(batch, c_out, height, width, generator=rng)
-    tensors = [t.to(dtype, memory_format=torch.channels_last) for t in (images, weight, gradient)]
-    return [tensors[0], tensors[1], torch.randn(c_out, generator=rng).to(dtype), tensors[2]]
+def test_a_checkpoint_can_hold_the_environment():
+    file = io.BytesIO()
+    torch.save(machine.environment(CPU, "fp32"), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["torch"] == torch.__version__
 
 
-def step(function, images, weight, bias, gradient) -> list[torch.Tensor]:
-    """Output and all three gradients, float64."""
-    leaves = [t.detach().clone().requires_grad_() for t in (images, weight, bias)]
-    output = function(*leaves)
-    gradients = torch.autograd.grad(output, leaves, gradient)
-    return [t.detach().double() for t in (output, *gradients)]
+@pytest.mark.parametrize(("cuda", "there", "hint"), [(None, True, True), (None, False, False), ("13.0", True, False)])
+def test_a_build_for_cpus_beside_a_gpu_gets_a_hint(monkeypatch, capsys, cuda, there, hint):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if there else None)
+    machine.announce("convnet seed 0", CPU, "bf16")
+    first, *hints = capsys.readouterr().err.splitlines()
+    assert first.startswith("convnet seed 0 trains on ") and "bf16" in first and len(hints) == hint
 
 
-def exact_step(images, weight, bias, gradient) -> list[torch.Tensor]:
-    """What PyTorch's convolution gives in float64."""
-    return step(
-        lambda x, w, b: F.conv2d(x, w, b, padding=w.shape[-1] // 2),
-        *(t.double() for t in (images, weight, bias, gradient)),
-    )
+def test_the_home_folder_is_meant(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand("~/out") == tmp_path / "out"
+    for wrong, named in {"": "empty", "~nobody-of-this-name/x": "~nobody-of-this-name/x"}.items():
+        with pytest.raises(UserError, match=named):
+            make_parser("").parse_args([f"--output-dir={wrong}"])
 
 
-def errors(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
-    """Relative to each tensor's norm."""
-    assert [a.shape for a in ours] == [b.shape for b in exact]
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact)]
+def test_a_file_is_replaced_whole(tmp_path):
+    target = tmp_path / "new" / "file"
+    for content in (b"one, longer", b"two"):
+        write_atomic(target, content)
+        assert target.read_bytes() == content and os.listdir(target.parent) == ["file"]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
-def test_products_are_the_convolution(shape, dtype, tolerance):
-    """Values and gradients, for every shape of the networks and for odd ones."""
-    inputs = make_inputs(shape, dtype=dtype)
-    exact = exact_step(*inputs)
-    ours = step(lambda *t: ConvolutionAsProduct.apply(*t, Directions(True, True, True)), *inputs)
-    assert max(errors(ours, exact)) < tolerance
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on the size of files stands in for it: the operating system fails the write half way."""
+    resource = pytest.importorskip("resource")
+    target = tmp_path / "checkpoint.pt"
+    target.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {target}"):
+            write_atomic(target, bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("directions", EVERY, ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_every_choice_of_directions_is_the_convolution(directions, batch):
-    inputs = make_inputs((4, 6, 5, 3, 3), batch)
-    ours = step(lambda *t: ConvolutionAsProduct.apply(*t, directions), *inputs)
-    assert max(errors(ours, exact_step(*inputs))) < 1e-5
+def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.delattr(os, "replace")  # without these two, writing ends as if the process ended there
+        killed.delattr(Path, "unlink")
+        for name in ("a.pt", "b.pt"):
+            with pytest.raises(AttributeError):
+                write_atomic(tmp_path / name, b"half")
+    both = set(tmp_path.iterdir())
+    machine.remove_leftovers(tmp_path / "a.pt")
+    assert len(both) == 2 and [path.name[:6] for path in tmp_path.iterdir()] == [".b.pt."]
 
 
-@pytest.mark.parametrize("directions", [Directions(True, True, True), Directions(False, False, True)], ids=str)
-def test_gradients_by_finite_differences(directions):
-    images, weight, bias, _ = make_inputs((2, 3, 3, 4, 3), dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (images, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: ConvolutionAsProduct.apply(*t, directions), leaves)
+def test_a_lock_waits_until_another_process_is_killed_and_says_so_every_ten_minutes(tmp_path, monkeypatch):
+    path, told, timeouts, acquire = tmp_path / "lock", [], [], machine.FileLock.acquire
+    script = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print(flush=True), sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def tell(line):
+        told.append(line)
+        if len(told) == 3:
+            other.kill()
+            other.wait()
+
+    def acquire_at_once(lock, timeout):
+        timeouts.append(timeout)
+        return acquire(lock, timeout=0)
+
+    monkeypatch.setattr(machine, "tell", tell)
+    monkeypatch.setattr(machine.FileLock, "acquire", acquire_at_once)
+    with other:
+        other.stdout.readline()
+        with file_lock(path):
+            assert timeouts == [0, 600, 600, 600]
+    assert all(str(path) in line for line in told)
+    assert ["10 minutes" in line for line in told] == [False, True, False]
 
 
-def test_products_repeat_themselves():
-    inputs = make_inputs((512, 512, 4, 4, 3), batch=8, dtype=torch.bfloat16)
-    once, again = (step(lambda *t: ConvolutionAsProduct.apply(*t, Directions(True, True, True)), *inputs) for _ in "ab")
-    assert all(torch.equal(a, b) for a, b in zip(once, again))
+def test_locks_in_a_shared_folder(tmp_path):
+    with file_lock(tmp_path / "new" / "lock"):
+        mode = (tmp_path / "new" / "lock").stat().st_mode
+    assert os.name != "posix" or mode & 0o666 == 0o666  # whoever shares the folder can take it
+    with pytest.raises(UserError, match="cannot lock"), file_lock(tmp_path / "new" / "lock" / "inside"):
+        pass
 
 
-def test_frozen_weights_get_no_gradient_and_images_need_none():
-    images, weight, bias, gradient = make_inputs((4, 6, 4, 4, 3))
-    for directions in (Directions(True, True, True), Directions()):
-        images.grad = None
-        ConvolutionAsProduct.apply(images.requires_grad_(), weight, bias, directions).backward(gradient)
-        assert weight.grad is None and images.grad is not None
-    weight.requires_grad_()
-    ConvolutionAsProduct.apply(images.detach(), weight, bias, Directions(True, True, True)).backward(gradient)
-    assert weight.grad is not None
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has a device that is full")
+def test_a_reader_that_goes_away_and_a_full_disk_end_the_printing_alone(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for target in (writer, "/dev/full"):
+        with open(target, "w") as stream:
+            monkeypatch.setattr(sys, "stderr", stream)
+            machine.say("nobody hears this", error=True)
+            machine.say("nor this", error=True)
+    monkeypatch.setattr(sys, "stderr", None)  # closed from the start
+    machine.say("nor this", error=True)
 
 
-def test_patches_are_unfolds():
-    images = torch.randn(2, 3, 4, 5)
-    expected = F.unfold(images, 3, padding=1).view(2, 3, 9, 20).permute(0, 3, 2, 1).reshape(40, 27)
-    assert torch.equal(image_patches(images, 3), expected)
-
-
-@pytest.fixture
-def rule(monkeypatch):
-    """Set the rule, whatever the CPU."""
-    return lambda *limits: monkeypatch.setattr(machine, "product_rule", lambda *_: ProductRule(*limits))
-
-
-@pytest.mark.parametrize("model", [lambda: ConvNet(batch_norm=True), VGG11], ids=["ConvNet", "VGG11"])
-def test_a_network_with_products_is_the_network(model, rule):
-    """Whatever the rule: the same outputs and gradients to rounding, the same names, the same printed network."""
-    torch.manual_seed(0)
-    ours, images = model(), torch.randn(4, 3, 32, 32)
-    found = []
-    for limits in ((0, 0, 0), (64, 64, 64), (16, 16, 64)):
-        rule(*limits)
-        ours.zero_grad()
-        output = ours(images)
-        output.square().sum().backward()
-        found.append([output.detach(), *(p.grad.clone() for p in ours.parameters())])
-    for other in found[1:]:
-        for (name, _), ours_, theirs in zip([("output", 0), *ours.named_parameters()], other, found[0], strict=True):
-            if not (name.endswith(".bias") and theirs.norm() < 1e-4):  # before batch norm a bias has no gradient
-                assert ((ours_ - theirs).norm() / theirs.norm()).item() < 1e-3, name
-    assert "Conv2d(" in str(ours) and "Product" not in str(ours)
-
-
-def test_a_ready_made_model_keeps_its_parameters():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-    before, printed = model.state_dict(), str(model)
-    assert [type(m) for m in fast_convolutions(model)] == [Conv2d, nn.ReLU, Conv2d]
-    assert str(model) == printed and model.state_dict().keys() == before.keys()
-    assert all(model.state_dict()[k].data_ptr() == before[k].data_ptr() for k in before)
+def test_options_are_written_out():
+    hints = {
+        "--sedes": "did you mean --seeds?",
+        "--dev=cpu": "did you mean --device?",
+        "--xyzzy": "--xyzzy (see --help)",
+    }
+    for option, hint in hints.items():
+        with pytest.raises(UserError, match=re.escape(hint)):
+            make_parser("a manual,\n    as it stands").parse_args([option])
+    assert "a manual,\n    as it stands" in make_parser("a manual,\n    as it stands").format_help()
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "capabilities", "limits"),
+    ("error", "line", "code"),
     [
-        ("cpu", torch.bfloat16, {"amx_bf16": True, "avx512_bf16": True}, (16, 16, 64)),
-        ("cpu", torch.bfloat16, {"avx512_bf16": True}, (16, 16, 16)),
-        ("cpu", torch.bfloat16, {"bf16": True}, (0, 0, 0)),
-        ("cpu", torch.float32, {"amx_bf16": True}, (0, 0, 0)),
-        ("cuda", torch.bfloat16, {"amx_bf16": True}, (0, 0, 0)),
-        ("mps", torch.float32, {}, (0, 0, 0)),
+        (UserError("no such run"), "no such run", 2),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (MemoryError(), "not enough memory", 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nframe 0"), "not enough memory", 2),
+        (RuntimeError("could not create a primitive"), "not enough memory", 2),
+        (RuntimeError("std::bad_alloc"), "not enough memory", 2),
+        (torch.OutOfMemoryError("CUDA out of memory\nmore"), "the GPU's memory is full", 2),
+        (PermissionError(13, "Permission denied", "results/a.json"), "results/a.json: Permission denied", 2),
     ],
+    ids=repr,
 )
-def test_the_rule_follows_from_the_cpu(monkeypatch, device, dtype, capabilities, limits):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert machine.product_rule.__wrapped__(device, dtype) == ProductRule(*limits)
+def test_what_users_can_mend_is_one_line(error, line, code, capsys):
+    with pytest.raises(SystemExit) as end, session(make_parser(""), ["--device=cpu"]):
+        raise error
+    err = capsys.readouterr().err
+    assert end.value.code == code and line in err and err.count("\n") == 1
 
 
-def test_the_rule_in_words_and_per_layer():
-    assert str(ProductRule()) == "PyTorch's own"
-    assert str(ProductRule(16, 16, 64)).endswith("weight gradient up to 64 pixels")
-    rule = ProductRule(16, 16, 64)
-    assert rule.directions(256) == (False, False, False) and rule.directions(16) == (True, True, True)
-    assert rule.directions(64) == (False, False, True)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError("x"), KeyError(1)]
+)
+def test_our_own_faults_keep_their_traceback(error):
+    with pytest.raises(type(error)), session(make_parser(""), ["--device=cpu"]):
+        raise error
 
 
-# ---------------------------------------------------------------------------------------------------------- dropout
+def test_a_termination_is_an_interrupt_within_a_session_alone():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(SystemExit) as end, session(make_parser(""), ["--device=cpu"]):
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 130 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_dropout_keeps_its_share_and_scales_it(p, memory_format):
-    torch.manual_seed(0)
-    inputs = torch.ones(50, 16, 20, 21).to(memory_format=memory_format).requires_grad_()
-    n = inputs.numel()  # 336,000
-    output = Dropout(p)(inputs)
-    kept = output != 0
-    assert abs(kept.sum().item() - n * (1 - p)) < 4 * math.sqrt(n * p * (1 - p))
-    torch.testing.assert_close(output[kept], torch.full((int(kept.sum()),), 1 / (1 - p)), rtol=1e-4, atol=0)
-    assert output.is_contiguous(memory_format=memory_format)
-    output.sum().backward()
-    assert torch.equal(inputs.grad, output.detach())  # the same mask and scale backwards
+def test_a_session_in_a_thread_on_a_terminal_that_lacks_characters(monkeypatch):
+    """As in a notebook's cell that runs in the background, where signals are not ours to set."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
 
+    def cell():
+        with session(make_parser(""), ["--device=cpu"]):
+            machine.say("±1")
 
-def test_dropped_units_are_independent():
-    """No correlation between neighbours: in memory (units cut from one integer), channels, rows, images, calls."""
-    torch.manual_seed(1)
-    dropout, inputs = Dropout(0.5), torch.ones(64, 32, 16, 16).to(memory_format=torch.channels_last)
-    first, second = ((dropout(inputs) != 0).float() - 0.5 for _ in "ab")
-    flat = first.permute(0, 2, 3, 1).flatten()
-    pairs = [(flat[:-lag], flat[lag:]) for lag in (1, 2, 3, 4)]
-    pairs += [(first.narrow(d, 1, first.shape[d] - 1), first.narrow(d, 0, first.shape[d] - 1)) for d in range(4)]
-    for a, b in [*pairs, (first, second)]:
-        assert abs((a * b).mean().item() / 0.25) < 4 / math.sqrt(a.numel())
-
-
-def test_dropout_is_drawn_from_the_global_generator_and_off_in_evaluation():
-    dropout, inputs = Dropout(0.3), torch.randn(3, 5, 7)  # 105 units: the last integer is cut
-    torch.manual_seed(2)
-    once = dropout(inputs)
-    torch.manual_seed(2)
-    assert torch.equal(dropout(inputs), once) and not torch.equal(dropout(inputs), once)
-    assert torch.equal(dropout.eval()(inputs), inputs)
-
-
-@pytest.mark.parametrize("p", [0.0, 1e-7, 1 - 1e-7, 1.0])
-def test_dropout_at_its_ends_is_pytorchs(p):
-    inputs = torch.ones(1000)
-    torch.manual_seed(3)
-    ours = Dropout(p)(inputs)
-    torch.manual_seed(3)
-    assert torch.equal(ours, nn.Dropout(p)(inputs))
-    assert str(Dropout(p)) == str(nn.Dropout(p))
+    thread = threading.Thread(target=cell)
+    thread.start()
+    thread.join()
+    assert terminal.buffer.getvalue() == b"?1\n"

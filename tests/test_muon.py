@@ -1,4 +1,4 @@
-"""Muon for convolutions, SGD for the rest."""
+"""Muon for convolutions, SGD for the rest, each against torch's own on the very same parameters."""
 
 import copy
 import math
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from common import ConvNet
-from muon import MuonAndSGD
+from parts.muon import MuonAndSGD
 
-RATES = {"learning_rate": 0.05, "filter_learning_rate": 0.1, "weight_decay": 0.0}
+RATES = {"learning_rate": 0.05, "filter_learning_rate": 0.1, "weight_decay": 0.01}
 
 
 def small_network() -> nn.Module:
@@ -19,59 +19,65 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-def convolutions(model: nn.Module) -> list[nn.Parameter]:
-    return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-
-
 def backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
     torch.manual_seed(seed)
     model(torch.randn(4, 3, 5, 5)).square().sum().backward()
 
 
-def test_a_convolutions_update_is_muons_of_a_matrix():
-    """torch's own Muon on the same matrices, [C_out, C_in * K * K]: the order of the columns does not matter."""
+def test_three_steps_are_torchs_muon_and_sgd():
+    """The order of a matrix's columns does not matter to Muon: here they lie [C_in, K, K], there [K, K, C_in]."""
     model = small_network()
     optimizer = MuonAndSGD(model, **RATES)
-    expected = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in convolutions(model)]
-    reference = torch.optim.Muon(expected, 0.1, weight_decay=0.0, momentum=0.6)
+    filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    others = [p for p in model.parameters() if not any(p is weight for weight in filters)]
+    matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in filters]
+    copies = [copy.deepcopy(p) for p in others]
+    muon = torch.optim.Muon(matrices, 0.1, weight_decay=0.0, momentum=0.6)
+    sgd = torch.optim.SGD(copies, 0.05, 0.85, weight_decay=0.01, nesterov=True)
     for seed in range(3):
-        optimizer.zero_grad()
         backward(model, seed)
-        for matrix, weight in zip(expected, convolutions(model)):
+        for matrix, weight in zip(matrices, filters):
             matrix.grad = weight.grad.flatten(1).clone()
+            weight.grad = weight.grad.contiguous()  # however a kernel lays it
             matrix.data *= math.sqrt(len(matrix)) / matrix.norm()
-        optimizer.step()
-        reference.step()
-    for matrix, weight in zip(expected, convolutions(model)):
-        torch.testing.assert_close(weight.flatten(1), matrix, atol=2e-3, rtol=0)  # bfloat16
-
-
-def test_the_rest_is_nesterovs_sgd():
-    model = small_network()
-    optimizer = MuonAndSGD(model, **RATES | {"weight_decay": 0.01})
-    filters = set(map(id, convolutions(model)))
-    others = [p for p in model.parameters() if id(p) not in filters]
-    expected = [copy.deepcopy(p) for p in others]
-    reference = torch.optim.SGD(expected, 0.05, 0.85, weight_decay=0.01, nesterov=True)
-    for seed in range(3):
-        optimizer.zero_grad()
-        backward(model, seed)
-        for p, own in zip(expected, others):
+        for p, own in zip(copies, others):
             p.grad = own.grad.clone()
-        optimizer.step()
-        reference.step()
-    assert len(others) == 6 and all(torch.equal(p, own) for p, own in zip(expected, others))
+        for each in (optimizer, muon, sgd):
+            each.step()
+    for matrix, weight in zip(matrices, filters):
+        torch.testing.assert_close(weight.flatten(1), matrix, atol=2e-3, rtol=0)  # Muon computes in bfloat16
+    for p, own in zip(copies, others, strict=True):
+        torch.testing.assert_close(own, p)
 
 
-def test_every_parameter_has_one_optimiser_and_frozen_ones_none():
+def test_it_goes_on_from_its_saved_state():
+    model = small_network()
+    optimizer = MuonAndSGD(model, **RATES)
+    backward(model, 0)
+    optimizer.step()
+    resumed = copy.deepcopy(model)
+    again = MuonAndSGD(resumed, **RATES)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for network, stepping in ((model, optimizer), (resumed, again)):
+        backward(network, 1)
+        stepping.step()
+    for ours, theirs in zip(resumed.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_every_parameter_has_one_optimiser_and_frozen_ones_none(narrow):
     model = ConvNet(batch_norm=True).to(memory_format=torch.channels_last)
     first = next(model.parameters()).requires_grad_(False)
-    groups = MuonAndSGD(model, **RATES).param_groups
-    matrices, others = (group["params"] for group in groups)
-    assert [tuple(m.shape) for m in matrices] == [(512, 9 * c) for c in (128, 512, 512, 512)]
+    optimizer = MuonAndSGD(model, **RATES)
+    matrices, others = (group["params"] for group in optimizer.param_groups)
+    assert [tuple(m.shape) for m in matrices] == [(16, 9 * 8), *[(16, 9 * 16)] * 3]
     counted = sum(p.numel() for p in [*matrices, *others])
     assert counted == sum(p.numel() for p in model.parameters()) - first.numel()
-    assert [group["initial_lr"] for group in groups] == [0.1, 0.05]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.05]
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_weight_in_another_memory_layout_is_refused():

@@ -1,0 +1,120 @@
+"""A claim's parts and their marks."""
+
+import math
+
+import pytest
+
+import q1_convnet
+import q2_batchnorm_earlystop
+import q3_augment_dropout
+import q4_vgg_transfer
+from common import ROOT
+from report.claims import (
+    Claim,
+    about_equal,
+    among_best,
+    better,
+    for_the_eye,
+    judge,
+    judge_claims,
+    narrowest_gap,
+    overfits,
+)
+from report.numbers import read_question, read_run
+from report.page import read_beside, run_table
+from results import make, seeds
+
+QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)
+LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [78.0, 78.2, 78.4])}
+
+
+@pytest.mark.parametrize(
+    ("part", "mark"),
+    [
+        (better("a", "b"), "holds"),
+        (better("b", "a"), "reversed"),
+        (better("a", "c"), "not run"),
+        (about_equal("a", "b", 3.0), "holds"),
+        (about_equal("a", "b", 1.0), "reversed"),
+        (about_equal("a", "b", 2.1), "cannot be told"),
+        (for_the_eye("look"), "for the eye"),
+    ],
+)
+def test_marks(part, mark):
+    assert judge(part, LEVEL)["mark"] == mark
+
+
+def test_one_seed_and_nothing_to_pool_has_no_interval():
+    found = judge(better("a", "b"), {name: results[:1] for name, results in LEVEL.items()})
+    assert found["mark"] == "one seed" and found["half"] is None and found["difference"] == 2.0
+
+
+def test_the_least_of_some_is_weighed_against_the_best_of_the_others():
+    results = {
+        name: seeds(name, [value, value + 0.1], batch_size=i)
+        for i, (name, value) in enumerate({"first": 85, "second": 84, "third": 82, "fourth": 83}.items())
+    }
+    found = judge(among_best(["first", "second"], ["third", "fourth"]), results)
+    assert found["runs"] == ["second", "fourth"] and found["difference"] == 1.0 and found["mark"] == "holds"
+
+
+def with_gap(run, gaps, **settings):
+    return [
+        make(run, seed, curves={"train_loss": [1, 1], "validation_loss": [1, 1 + gap]}, **settings)
+        for seed, gap in enumerate(gaps)
+    ]
+
+
+def test_the_narrowest_gap_counts_either_way():
+    results = {
+        "wide": with_gap("wide", [0.5, 0.52], batch_size=1),
+        "narrow": with_gap("narrow", [0.1, 0.12], batch_size=2),
+        "below": with_gap("below", [-0.3, -0.32], batch_size=3),
+    }
+    found = judge(narrowest_gap("narrow", ["wide", "below"]), results)
+    assert found["runs"] == ["narrow", "below"] and found["mark"] == "holds"
+    assert found["difference"] == pytest.approx(0.2) and found["unit"] == "in loss"
+    assert judge(narrowest_gap("below", ["wide", "narrow"]), results)["mark"] == "reversed"
+
+
+def test_overfitting_is_a_validation_loss_that_ends_above_its_lowest():
+    def result(seed, last):
+        return make("a", seed, curves={"train_loss": [1, 0.8, 0.5], "validation_loss": [1, 0.9, last]})
+
+    assert judge(overfits("a"), {"a": [result(0, 1.10), result(1, 1.12), result(2, 1.11)]})["mark"] == "holds"
+    assert judge(overfits("a"), {"a": [result(0, 0.91), result(1, 0.91), result(2, 0.92)]})["mark"] == "reversed"
+    assert judge(overfits("a"), {"a": [result(0, 1.5)]})["mark"] == "one seed"
+
+
+def test_claims_are_data_that_json_can_hold():
+    (found,) = judge_claims([Claim(3, "It helps.", (better("a", "b"), better("a", "c")))], LEVEL)
+    assert [part["mark"] for part in found["parts"]] == ["holds", "not run"] and found["number"] == 3
+
+
+@pytest.mark.parametrize("module", QUESTIONS, ids=lambda module: module.__name__)
+def test_every_difference_is_the_subtraction_of_two_cells_of_the_table(module):
+    """With the committed results, cells as the page prints them."""
+    question, root = module.QUESTION, ROOT / "results"
+    own = read_question(root / question.name, question.runs, sample=False)
+    columns = {"test": 4, "validation": 5, "gap": 8, "narrowness": 8}
+    head, *rows = run_table(question, own, sample=False)
+    assert [head[4], head[5], head[8]] == ["ours: test", "validation", "gap"]
+    cells = {row[0].rsplit("](", 1)[-1].rstrip("/)"): row for row in rows}
+    for path in question.beside:
+        (cells[path.split("/")[1]],) = run_table(question, {"x": read_run(root / path)}, sample=False)[-1:]
+    for claim in judge_claims(question.claims, own | read_beside(root, question)):
+        for part in claim["parts"]:
+            if part["mark"] == "not run" or len(part.get("runs", ())) < 2:
+                continue
+            ours, theirs = (
+                float(cells[run][columns[part["on"]]].split(" ± ")[0].replace("−", "-")) for run in part["runs"]
+            )
+            if part["on"] == "narrowness":
+                ours, theirs = -abs(ours), -abs(theirs)
+            assert part["difference"] == pytest.approx(ours - theirs, abs=1e-9), part["text"]
+
+
+def test_the_ten_claims_are_all_there():
+    claims = [claim for module in QUESTIONS for claim in module.CLAIMS]
+    assert sorted({claim.number for claim in claims}) == list(range(1, 11))
+    assert all(claim.parts and math.isfinite(claim.number) for claim in claims)
