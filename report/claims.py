@@ -39,7 +39,12 @@ def among_best(runs: Sequence[str], others: Sequence[str]) -> Part:
 
 def narrowest_gap(run: str, others: Sequence[str]) -> Part:
     """Of all these it has the smallest gap between training and validation loss in the last epoch."""
-    return Part((run,), tuple(others), "narrowness", text="the gap between the losses of {other} − that of {run}")
+    return Part(
+        (run,),
+        tuple(others),
+        "narrowness",
+        text="how much narrower the gap between the losses of {run} is than that of {other}",
+    )
 
 
 def overfits(run: str, by: float = 5.0) -> Part:
@@ -104,11 +109,11 @@ def judge(part: Part, results: Results) -> dict:
 
 
 def words(part: Part, run: str, other: str) -> str:
-    """ "crop, flip − crop", and on what where that is not the test images."""
+    """ "crop + flip against crop", and on what where that is not the test images."""
     names = {"run": name_of(run), "other": name_of(other)}
     if part.text:
         return part.text.format(**names)
-    text = "{run} − {other}".format(**names)
+    text = "{run} against {other}".format(**names)
     if part.on != "test":
         text += f", {part.on.replace('_', ' ')}"
     if math.isfinite(part.zone[1]):

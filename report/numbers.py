@@ -417,9 +417,9 @@ def name_of(run: str) -> str:
         if run.startswith(f"{part}_"):
             source = run.removeprefix(f"{part}_")
             if source == "imagenet":
-                return f"{name} (ImageNet's features)"
+                return f"{name} on ImageNet's features"
             known = "Tiny-ImageNet's" if "tinyimagenet" in source else "other"
-            return f"{name} ({known} features, a stand-in)"
+            return f"{name} on {known} features (a stand-in)"
     if run.startswith("dropout_after_pool_"):
         return f"dropout {run.removeprefix('dropout_after_pool_')} after the pooling"
     name = run.replace("flip_p", "flip ").replace("_no_", " without ")

@@ -256,8 +256,8 @@ def test_the_reports_rows_stand_in_order_and_once():
         ("crop_flip_gray", "crop + flip + gray"),
         ("flip_p0.5", "flip 0.5"),
         ("dropout_after_pool_0.5", "dropout 0.5 after the pooling"),
-        ("frozen_imagenet", "frozen (ImageNet's features)"),
-        ("frozen_train_mode_x_0123abcd", "frozen in training mode (other features, a stand-in)"),
+        ("frozen_imagenet", "frozen on ImageNet's features"),
+        ("frozen_train_mode_x_0123abcd", "frozen in training mode on other features (a stand-in)"),
         ("batchnorm_patience3", "batchnorm patience3"),
     ],
 )

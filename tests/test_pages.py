@@ -13,6 +13,7 @@ import pytest
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
+import q4_vgg_transfer
 import q5_modern_recipe
 import report.page
 from common import ROOT
@@ -130,14 +131,15 @@ def test_minutes_of_another_machine_are_not_drawn():
 
 def test_the_committed_pages_are_what_the_results_give():
     """Word for word; and every link leads somewhere."""
-    for module in (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q5_modern_recipe):
+    for module in (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe):
         question = module.QUESTION
         args = argparse.Namespace(output_dir=COMMITTED, sample=False)
         own = report.page.read_question(COMMITTED / question.name, question.runs, False)
-        claims = report.page.judge_claims(question.claims, own | report.page.read_beside(COMMITTED, question))
+        results = own | report.page.read_beside(COMMITTED, question)
+        claims = report.page.judge_claims(question.claims, results)
         assert json.loads((COMMITTED / question.name / "claims.json").read_text())["claims"] == claims
         page = (COMMITTED / question.name / "README.md").read_text()
-        for row in report.page.run_table(question, own, False):
+        for row in report.page.run_table(question, own, False, results):
             assert f"| {' | '.join(row)} |" in page
         assert report.page.question_page(question, own, own, claims, {}, args)["findings"] in page
     for page in [ROOT / "README.md", COMMITTED / "README.md", *COMMITTED.glob("q*/README.md")]:
