@@ -935,14 +935,15 @@ def train_runs(
 
 
 def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> None:
-    """--list: every run and its state."""
+    """--list: every run, its checkpoint and its state."""
     if rank():
         return
     width = max(len(run.name) for run in runs)
     for run in runs:
         result = output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
-        state = run_state(checkpoint_path(args.checkpoint_dir, run.settings), run.settings, result.exists())
-        say(f"{run.name:<{width}}  seed {run.settings.seed}  {run.settings.epochs:>3} epochs  {state}")
+        path = checkpoint_path(args.checkpoint_dir, run.settings)
+        state = run_state(path, run.settings, result.exists())
+        say(f"{run.name:<{width}}  seed {run.settings.seed}  {run.settings.epochs:>3} epochs  {path.name}  {state}")
 
 
 def run_state(path: Path, settings: Settings, has_result: bool) -> str:

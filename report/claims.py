@@ -49,7 +49,7 @@ def narrowest_gap(run: str, others: Sequence[str]) -> Part:
 
 def overfits(run: str, by: float = 5.0) -> Part:
     """The validation loss ends more than `by` percent above its lowest value."""
-    text = f"the validation loss of {{run}} ends above its lowest (told as: by more than {by:g} %)"
+    text = f"the validation loss of {{run}} ends above its lowest (judged as: by more than {by:g} %)"
     return Part((run,), (), "rise", (by, math.inf), text)
 
 
@@ -113,11 +113,12 @@ def words(part: Part, run: str, other: str) -> str:
     names = {"run": name_of(run), "other": name_of(other)}
     if part.text:
         return part.text.format(**names)
-    text = "{run} against {other}".format(**names)
+    best_of = "the best of the others, " if len(part.others) > 1 else ""
+    text = f"{names['run']} against {best_of}{names['other']}"
     if part.on != "test":
         text += f", {part.on.replace('_', ' ')}"
     if math.isfinite(part.zone[1]):
-        text += f" (told as: within ±{part.zone[1]:g})"
+        text += f" (judged as: within ±{part.zone[1]:g})"
     return text
 
 

@@ -222,6 +222,7 @@ GROUPS = {  # of the overview's rows: a heading before the first run that matche
 }
 BREAK, LEFT, RIGHT = 60, (0, 60), (60, 94)  # percent: below and above the break each axis has a scale of its own
 VERDICTS = {True: "inside", False: "outside", None: "too few seeds"}
+WIDE = 10  # points to either side: such a bar says little
 
 
 def plot_overview(rows: Sequence[ReportRow]) -> Figure:
@@ -251,6 +252,8 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     for place, row in enumerate(lines):
         if not isinstance(row, str):
             verdict = VERDICTS[row.inside] if row.results else "not trained"
+            if row.interval and row.interval[1] - row.interval[0] > 2 * WIDE:
+                verdict += ", but wide"
             color = {"inside": "tab:green", "outside": "tab:red"}.get(verdict, "0.5")
             high.text(1.01, place, verdict, transform=high.get_yaxis_transform(), va="center", fontsize=9, color=color)
     figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.06)

@@ -121,8 +121,8 @@ def write_report(question: Question, args: argparse.Namespace, anew: bool = Fals
         drawings = question.figures(results) if own else {}
         for name, figure in drawings.items():
             save_figure(figure, folder / name, args.figures)
-        claims = judge_claims(question.claims, results)
-        if not args.sample:
+        claims = [] if args.sample else judge_claims(question.claims, results)
+        if claims:
             content = {"made_by": MADE_BY, "claims": claims}
             write_ours(folder / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
         write_page(
@@ -151,7 +151,9 @@ def read_beside(root: Path, question: Question) -> Results:
 
 
 def read_all(root: Path, question: Question, sample: bool, ignored: set[Path]) -> None:
-    read_question(root / question.name, question.runs, sample, ignored)
+    own = read_question(root / question.name, question.runs, sample, ignored)
+    for result in (result for found in own.values() for result in found if result.path not in ignored):
+        read_arrays(result)
     read_beside(root, question)
     if not sample:
         report_rows(root)
@@ -191,7 +193,7 @@ def question_page(
         "figures": list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES],
         "table_head": table[0],
         "table_rows": table[1:],
-        "starred": any("*" in row[3] for row in table),
+        "starred": any("*" in row[3] for row in table if not args.sample),
         "claims": [
             claim | {"parts": [part | {"words": interval_in_words(part)} for part in claim["parts"]]}
             for claim in claims
@@ -256,6 +258,8 @@ def run_table(question: Question, own: Results, sample: bool, results: Results |
                 f"{mean(found, 'gap'):+.3f}".replace("-", "−"),
             ]
         )
+    if sample:  # without the report's columns
+        return [[*row[:2], *row[4:7], row[8]] for row in (head, *rows)]
     return [head, *rows]
 
 
@@ -375,10 +379,34 @@ def write_overview(root: Path, args: argparse.Namespace) -> None:
         }
         trained = {run: found for run, found in trained.items() if found and found[0].run == run.split("/")[1]}
         for claim in claims:
-            claim["first"] = interval_in_words(claim["parts"][0])
-        content |= {"claims": claims, **headline(rows), **habits(trained), "best": read_run(root / "q5" / "strong")}
+            shown = [part for i, part in enumerate(claim["parts"]) if i == 0 or part["mark"] == "reversed"]
+            claim["measured"] = "; ".join(
+                f"{MARKS[p['mark']]} {p['text']} {interval_in_words(p)}".strip() for p in shown
+            )
+        content |= {
+            "claims": claims,
+            "tally": tally(claims),
+            **headline(rows),
+            **habits(trained),
+            "best": read_run(root / "q5" / "strong"),
+        }
         content |= {"mean": mean, "with_deviation": with_deviation}
     write_page(root / "README.md", "overview.md.jinja", content)
+
+
+def tally(claims: list[dict]) -> str:
+    """Which claims hold with all their parts, which have reversed ones, and which are open; without the stand-in's."""
+    marks = {
+        claim["number"]: {part["mark"] for part in claim["parts"]} for claim in reversed(claims)
+    }  # the first counts
+    hold = [number for number, found in sorted(marks.items()) if found == {"holds"}]
+    turned = [number for number, found in sorted(marks.items()) if "reversed" in found]
+    not_run = [number for number, found in sorted(marks.items()) if found == {"not run"}]
+    for_the_eye = [number for number, found in sorted(marks.items()) if found == {"for the eye"}]
+    rest = [number for number in sorted(marks) if number not in {*hold, *turned, *not_run, *for_the_eye}]
+    groups = {"hold": hold, "open in some part": rest, "reversed in some part": turned, "not run": not_run}
+    groups["for the eye"] = for_the_eye
+    return "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in groups.items() if numbers)
 
 
 def headline(rows: Sequence[ReportRow]) -> dict:
@@ -389,6 +417,7 @@ def headline(rows: Sequence[ReportRow]) -> dict:
     return {
         "rows": rows,
         "steady": steady,
+        "widths": [(row.interval[1] - row.interval[0]) / 2 for row in steady],
         "unsteady": unsteady,
         "outside": [row for row in rows if row.inside is False],
         "few": [row for row in rows if row.results and row.inside is None],
