@@ -850,6 +850,10 @@ def output_folder(args: argparse.Namespace) -> Path:
     return args.output_dir / "sample" if args.sample else args.output_dir
 
 
+def seeds_of(args: argparse.Namespace) -> list[int]:
+    return list(range(args.seeds)) if args.seed is None else [args.seed]
+
+
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled excerpt: so few images need smaller batches, at half the learning rate."""
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
@@ -882,8 +886,7 @@ def select_runs(runs: Sequence[Run], args: argparse.Namespace, device: torch.dev
     if unknown := set(args.only or ()) - by_name.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(asked)}")
     chosen = {by_name[name].name: by_name[name] for name in args.only or asked}
-    seeds = range(args.seeds) if args.seed is None else [args.seed]
-    return [run.with_settings(seed=seed) for run in chosen.values() for seed in seeds]
+    return [run.with_settings(seed=seed) for run in chosen.values() for seed in seeds_of(args)]
 
 
 def train_runs(
@@ -895,12 +898,15 @@ def train_runs(
     prepare: Callable | None = None,
     split: Callable | None = None,
 ) -> Iterator[Run]:
-    """Train what is missing of every run; yields each run whose result is new, when it is written.
+    """Train what is missing of the runs asked for; yields each run whose result is new, when it is written.
 
-    network: builds it from the settings. prepare: see `train`. split: makes other splits of the data. With --replot
-    there is nothing to train. What can be checked is checked before the first training.
+    network: builds it from the settings. prepare: see `train`. split: makes other splits of the data. --list only names
+    the runs, and with --replot there is nothing to train. What can be checked is checked before the first training.
     """
-    if args.replot:
+    runs = select_runs(runs, args, device)
+    if args.list:
+        list_runs(question, runs, args)
+    if args.list or args.replot:
         return
     for folder in (args.output_dir, args.checkpoint_dir):
         require_writable(folder)

@@ -10,7 +10,7 @@ colour patches after; 80.7 % of the first 1,000 test images are right. What we f
 
 from collections.abc import Sequence
 
-from common import Run, Settings, list_runs, make_parser, select_runs, train_runs
+from common import Run, Settings, make_parser, train_runs
 from parts.machine import session
 from report.claims import Claim, for_the_eye, overfits
 from report.page import Question, check_report, finish_report, update_report
@@ -40,11 +40,8 @@ QUESTION = Question("q1", "Question 1: a convolutional network for CIFAR-10", RU
 
 def main(argv: Sequence[str] | None = None) -> None:
     with session(make_parser(__doc__), argv) as (args, device):
-        runs = select_runs(RUNS, args, device)
-        if args.list:
-            return list_runs("q1", runs, args)
-        check_report(QUESTION, args, runs)
-        for run in train_runs("q1", runs, args, device):
+        check_report(QUESTION, args)
+        for run in train_runs("q1", RUNS, args, device):
             update_report(QUESTION, args, run)
         finish_report(QUESTION, args)
 

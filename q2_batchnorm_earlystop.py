@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common import Run, Settings, list_runs, make_parser, positive, select_runs, stopping_epoch, train_runs
+from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
 from parts.machine import session
 from report.claims import Claim, better
 from report.figures import Figure, new_panels, plot_curve, title
@@ -143,11 +143,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = "also stop each network after N epochs below the best validation accuracy; read from checkpoints"
     parser.add_argument("--patience", type=positive, nargs="+", default=[], metavar="N", help=more)
     with session(parser, argv) as (args, device):
-        further = [stopped(network, patience) for patience in args.patience for network in COLORS]
-        runs = select_runs([*RUNS, *(run for run in further if run not in RUNS)], args, device)
-        if args.list:
-            return list_runs("q2", runs, args)
-        check_report(QUESTION, args, runs)
+        asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
+        runs = [*RUNS, *(run for run in asked if run not in RUNS)]
+        check_report(QUESTION, args)
         for run in train_runs("q2", runs, args, device):
             update_report(QUESTION, args, run)
         finish_report(QUESTION, args)

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from common import Run, Settings, generator, list_runs, load_sample, make_parser, output_folder, select_runs, train_runs
+from common import Run, Settings, generator, load_sample, make_parser, output_folder, select_runs, train_runs
 from parts.augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
-from parts.machine import UserError, rank, require_writable, say, session
+from parts.machine import UserError, require_writable, say, session
 from report.claims import Claim, about_equal, among_best, better, narrowest_gap
 from report.figures import (
     Figure,
@@ -288,13 +288,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = "further dropout rates to run"
     parser.add_argument("--dropout", type=rate, nargs="+", default=[], metavar="P", help=more)
     with session(parser, argv) as (args, device):
-        further = [dropout_run(p) for p in args.dropout if p not in RATES]
-        runs = select_runs([*RUNS, *further], args, device)
-        if args.list:
-            return list_runs("q3", runs, args)
+        runs = [*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)]
         if args.preview:
-            return preview_runs(runs, args) if rank() == 0 else None
-        check_report(QUESTION, args, runs)
+            return preview_runs(select_runs(runs, args, device), args)
+        check_report(QUESTION, args)
         for run in train_runs("q3", runs, args, device):
             update_report(QUESTION, args, run)
         finish_report(QUESTION, args)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
-from common import Run, Settings, Split, autocast, init_linear, list_runs, make_parser, select_runs, train_runs
+from common import Run, Settings, Split, autocast, init_linear, make_parser, train_runs
 from parts.augment import HorizontalFlip
 from parts.layers import Conv2d
 from parts.machine import UserError, expand, first_line, rank, session
@@ -313,13 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", default="imagenet", metavar="WHAT", help=what)
     with session(parser, argv) as (args, device):
         if args.replot or (args.list and args.weights == "imagenet"):
-            declared, weights = RUNS, None
+            runs, weights = RUNS, None
         else:
-            declared, weights = find_weights(args.weights)
-        runs = select_runs(declared, args, device)
-        if args.list:
-            return list_runs("q4", runs, args)
-        check_report(QUESTION, args, runs)
+            runs, weights = find_weights(args.weights)
+        check_report(QUESTION, args)
         for run in train_runs("q4", runs, args, device, partial(vgg, weights=weights), features_if_frozen):
             update_report(QUESTION, args, run)
         finish_report(QUESTION, args)

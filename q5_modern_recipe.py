@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common import Run, Settings, Split, list_runs, make_parser, select_runs, train_runs
+from common import Run, Settings, Split, make_parser, train_runs
 from parts.augment import Cutout, HorizontalFlip, RandomCrop
 from parts.machine import UserError, session
 from report.figures import Figure, new_axes, title
@@ -144,12 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.tune and args.sample:
             raise UserError("--tune needs all training images: run it without --sample")
         question = TUNING_QUESTION if args.tune else QUESTION
-        runs = select_runs(question.runs, args, device)
-        if args.list:
-            return list_runs(question.name, runs, args)
-        check_report(question, args, runs)
+        check_report(question, args)
         split = hold_out if args.tune else None
-        for run in train_runs(question.name, runs, args, device, split=split):
+        for run in train_runs(question.name, question.runs, args, device, split=split):
             update_report(question, args, run)
         finish_report(question, args)
 

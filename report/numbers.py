@@ -132,10 +132,10 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
             )
 
 
-def read_question(folder: Path, declared: Sequence[Run], sample: bool, ignored: Iterable[Path] = ()) -> Results:
+def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Iterable[str] = ()) -> Results:
     """The results of a question's declared runs, in order, then of runs whose names its options made.
 
-    ignored: results that are about to be replaced. Raises UserError where results cannot be read, or where their
+    replaced: names of files that are about to be. Raises UserError where results cannot be read, or where their
     settings are not those of their run.
     """
     question, names, results = folder.name, [run.name for run in declared], {}
@@ -150,7 +150,7 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, ignored: 
     for run in declared:
         settings = on_sample(run.settings) if sample else run.settings
         for result in results.get(run.name, ()):
-            if result.path not in ignored:
+            if result.path.name not in replaced:
                 require_same_settings(result, settings.as_dict(), f"the run {run.name} in {question}'s script")
     for result in (result for found in results.values() for result in found):
         if result.is_sample != sample:

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from scipy.stats import binomtest
 
-from common import ROOT, Run, output_folder
+from common import ROOT, Run, output_folder, seeds_of
 from parts.machine import UserError, file_lock, rank, require_writable, say, tell
 from report.claims import MARKS, Claim, judge_claims
 from report.figures import (
@@ -75,23 +75,32 @@ class Question:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def check_report(question: Question, args: argparse.Namespace, runs: Sequence[Run] = ()) -> None:
-    """Before the training: what would fail after it. runs: those whose results are about to be replaced.
-
-    Raises UserError.
-    """
+def check_report(question: Question, args: argparse.Namespace) -> None:
+    """Before the training: what would fail after it. Raises UserError."""
+    if args.list:
+        return
     root = output_folder(args)
+    folder = root / question.name
     the_report(), report_filters()
-    runs = () if args.replot else runs
-    ignored = {root / question.name / run.name / f"seed{run.settings.seed}.json" for run in runs}
-    pages = [root / "README.md", root / "overview.png", root / "claims.png"]
-    pages += [root / question.name / name for name in ("README.md", "claims.json")]
-    pages += [path.with_name(f"{name}.png") for path in ignored for name in RUN_FIGURES]
-    for path in pages:
+    pages = [
+        root / "README.md",
+        root / "overview.png",
+        root / "claims.png",
+        folder / "README.md",
+        folder / "claims.json",
+    ]
+    for path in [*pages, *(folder / run.name / f"{name}.png" for run in question.runs for name in RUN_FIGURES)]:
         require_ours(path)
-    read_all(root, question, args.sample, ignored)
-    for folder in {root, root / question.name, *(path.parent for path in ignored)}:
-        require_writable(folder)
+    replaced = set() if args.replot else {f"seed{seed}.json" for seed in seeds_of(args)}
+    own = read_question(folder, question.runs, args.sample, replaced)
+    for result in (result for found in own.values() for result in found if result.path.name not in replaced):
+        read_arrays(result)
+    read_beside(root, question)
+    if not args.sample:
+        report_rows(root)
+        read_claims(root)
+    for path in (root, folder):
+        require_writable(path)
 
 
 def update_report(question: Question, args: argparse.Namespace, run: Run) -> None:
@@ -104,7 +113,7 @@ def update_report(question: Question, args: argparse.Namespace, run: Run) -> Non
 
 def finish_report(question: Question, args: argparse.Namespace) -> None:
     """At the end: figures and pages, and what there is on the screen. Raises UserError."""
-    if rank() == 0:
+    if rank() == 0 and not args.list:
         own = write_report(question, args, anew=args.replot)
         show(question, own, args)
 
@@ -148,16 +157,6 @@ def write_page(path: Path, template: str, content: dict) -> None:
 def read_beside(root: Path, question: Question) -> Results:
     found = {path.split("/")[1]: read_run(root / path) for path in question.beside}
     return {run: results for run, results in found.items() if results}
-
-
-def read_all(root: Path, question: Question, sample: bool, ignored: set[Path]) -> None:
-    own = read_question(root / question.name, question.runs, sample, ignored)
-    for result in (result for found in own.values() for result in found if result.path not in ignored):
-        read_arrays(result)
-    read_beside(root, question)
-    if not sample:
-        report_rows(root)
-        read_claims(root)
 
 
 def show(question: Question, own: Results, args: argparse.Namespace) -> None:

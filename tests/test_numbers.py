@@ -104,8 +104,8 @@ def test_results_of_other_settings_than_the_script_says_are_named_unless_they_ar
     declared = [Run("convnet", Settings(learning_rate=0.1))]
     with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
         read_question(q1, declared, sample=False)
-    replaced = [q1 / f"convnet/seed{seed}.json" for seed in range(3)]
-    assert len(read_question(q1, declared, sample=False, ignored=replaced)["convnet"]) == 3
+    replaced = [f"seed{seed}.json" for seed in range(3)]
+    assert len(read_question(q1, declared, sample=False, replaced=replaced)["convnet"]) == 3
 
 
 def test_the_samples_results_do_not_pass_for_real_ones(q1):

@@ -42,7 +42,9 @@ def q1(tmp_path):
     (tmp_path / "q1/convnet").mkdir(parents=True)
     for path in (COMMITTED / "q1/convnet").glob("seed*"):
         shutil.copy(path, tmp_path / "q1/convnet")
-    return tmp_path, argparse.Namespace(output_dir=tmp_path, sample=False, replot=False, figures=None)
+    return tmp_path, argparse.Namespace(
+        output_dir=tmp_path, sample=False, replot=False, figures=None, list=False, seed=None, seeds=1
+    )
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -193,7 +195,7 @@ def test_somebody_elses_page_is_found_before_the_training(q1):
     for name in ("README.md", "q1/README.md", "q1/claims.json", "overview.png", "q1/convnet/losses.png"):
         (root / name).write_bytes(b"somebody's")
         with pytest.raises(UserError, match=f"{root / name} was not written by these scripts"):
-            check_report(q1_convnet.QUESTION, args, q1_convnet.RUNS)
+            check_report(q1_convnet.QUESTION, args)
         (root / name).unlink()
 
 
