@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,18 +76,20 @@ AUGMENTATIONS = {  # ours, torchvision's
 }
 
 
+def read_clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def timed(function: Callable, device: torch.device, seconds: list[float]) -> Callable:
     """`function`, adding the seconds of every call to the list `seconds`."""
 
-    def read_clock() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
     def wrapper(*args, **kwargs):
-        start = read_clock()
+        start = read_clock(device)
         result = function(*args, **kwargs)
-        seconds.append(read_clock() - start)
+        seconds.append(read_clock(device) - start)
         return result
 
     return wrapper
@@ -230,37 +232,38 @@ class Turn(NamedTuple):
     memory: float  # peak, MiB
 
 
-def take_turn(make_loop: Callable, what: tuple, steps: int, watched: bool) -> Turn:
+def take_turn(make_loop: Callable, what: tuple, steps: int, *outside: list[float]) -> Turn:
     """In a process of its own: train for so many steps. what: as `plain_loop` and `our_loop` take."""
-    train, device, seconds, outside = make_loop(*what), what[-1], [], []
-    taken = timed(train, device, seconds)(steps, *([outside] if watched else []))
+    train, device = make_loop(*what), what[-1]
+    start = read_clock(device)
+    taken = train(steps, *outside)
+    seconds = read_clock(device) - start
     time.sleep(SETTLE_SECONDS)
-    return Turn(1000 * seconds[0] / taken, sum(outside) / seconds[0], peak_memory(device))
+    return Turn(1000 * seconds / taken, sum(map(sum, outside)) / seconds, peak_memory(device))
 
 
-@contextmanager
-def process_of(make_loop: Callable, what: tuple) -> Iterator[Callable]:
-    """Start a loop's process; yields turn(steps, watched) -> Turn."""
-    spawn, ctrl_c = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)  # which ends it in silence
-    with ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=ctrl_c) as process:
-
-        def turn(steps: int, watched: bool = False) -> Turn:
-            return process.submit(take_turn, make_loop, what, steps, watched).result()
-
-        try:
-            yield turn
-        except BrokenProcessPool as error:
-            raise machine.UserError("a loop's process died; was there enough memory?") from error
+def start_process() -> ProcessPoolExecutor:
+    """One, which Ctrl-C ends in silence."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
 
 
 def time_training(run: Run, network: Callable, args: argparse.Namespace, device: torch.device) -> float:
     """Prints a row of the first table; returns the ms of our step."""
     what = run, network, args.data_dir, device
-    with process_of(our_loop, what) as ours, process_of(plain_loop, what) as plain:
-        for turn in (plain, ours):
-            turn(WARM_UP)
-        rounds = [(plain(args.steps), ours(args.steps)) for _ in range(args.rounds)]
-        watched = ours(args.steps, watched=True)  # apart: on a GPU, reading the clock costs time
+    with start_process() as ours, start_process() as plain:
+
+        def take_turns(steps: int) -> list[Turn]:
+            loops = (plain, plain_loop), (ours, our_loop)
+            return [worker.submit(take_turn, loop, what, steps).result() for worker, loop in loops]
+
+        try:
+            take_turns(WARM_UP)
+            rounds = [take_turns(args.steps) for _ in range(args.rounds)]
+            # apart: on a GPU, reading the clock costs time
+            watched = ours.submit(take_turn, our_loop, what, args.steps, []).result()
+        except BrokenProcessPool as error:
+            raise machine.UserError("a loop's process died; was there enough memory?") from error
     plain_ms, our_ms = (statistics.median(turn.ms for turn in turns) for turns in zip(*rounds))
     plain_speed, our_speed = (1000 * run.settings.batch_size / ms for ms in (plain_ms, our_ms))
     ratios = [p.ms / o.ms for p, o in rounds]
@@ -334,17 +337,6 @@ def print_augmentation(images: Tensor, rounds: int, step_ms: float) -> None:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def make_parser() -> machine.Parser:
-    parser = machine.Parser(__doc__)
-    add = parser.add_argument
-    add("--rounds", type=positive, default=3, metavar="N", help="turns of each loop; default 3")
-    add("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
-    add("--sample", action="store_true", help="the bundled excerpt: no download")
-    add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    return parser
-
-
 def bench(args: argparse.Namespace, device: torch.device) -> None:
     data = "cifar10-sample" if args.sample else "cifar10"
     settings = Settings(data=data, precision=machine.choose_precision("auto", device), epochs=1)
@@ -372,7 +364,14 @@ def bench(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    with machine.session(make_parser()) as (args, device):
+    parser = machine.Parser(__doc__)
+    add = parser.add_argument
+    add("--rounds", type=positive, default=3, metavar="N", help="turns of each loop; default 3")
+    add("--steps", type=positive, default=10, metavar="N", help="steps per turn; default 10")
+    add("--sample", action="store_true", help="the bundled excerpt: no download")
+    add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
+    with machine.session(parser) as (args, device):
         try:
             bench(args, device)
         except KeyboardInterrupt:  # here no epochs are kept

@@ -1,14 +1,12 @@
 """What the question scripts share, top to bottom in the order a run needs it:
 
-    settings -> data -> network -> filters -> training -> checkpoints -> results -> command line
+    settings -> data -> network -> training -> checkpoints -> results -> command line
 
 The protocol (splits, optimiser, initialisation) is that of the report's published code and of the course exercise it
 answers, Max Planck HLCV exercise 3.
 """
 
-import argparse
 import base64
-import dataclasses
 import hashlib
 import io
 import json
@@ -17,9 +15,10 @@ import os
 import statistics
 import time
 import zipfile
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,33 +30,13 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from parts import machine
 from parts.augment import augment
 from parts.layers import Conv2d, Dropout
-from parts.machine import (
-    Parser,
-    UserError,
-    announce,
-    barrier,
-    choose_precision,
-    computing_dtype,
-    distribute,
-    environment,
-    expand,
-    file_lock,
-    keep_large_blocks,
-    my_part,
-    normalises_parts,
-    rank,
-    remove_leftovers,
-    require_writable,
-    say,
-    sum_over_ranks,
-    tell,
-    world_size,
-    write_atomic,
-)
+from parts.machine import UserError, barrier, file_lock, my_part, rank, say, sum_over_ranks, world_size, write_atomic
 from parts.muon import MuonAndSGD
 
 ROOT = Path(__file__).resolve().parent
@@ -75,11 +54,9 @@ CHANNELS = (128, 512, 512, 512, 512)  # of the report's network
 class Settings:
     """Everything one training is made of; the defaults are question 1's.
 
-    All fields but `epochs` and `patience` shape the weights: together they name the checkpoint (see `key`). How many
-    epochs are read from it, and which rule stops, is only a way of reading it. (A linear schedule ends with the last
-    epoch, so there `epochs` shapes the weights too.)
-
-    A field's default never changes: a checkpoint is named by what differs from the defaults.
+    All fields but `epochs` and `patience` shape the weights; those two are only a way of reading a training. (A linear
+    schedule ends with the last epoch, so there `epochs` shapes the weights too.) What differs from the defaults names
+    the checkpoint: a default never changes.
     """
 
     network: str = "ConvNet"  # the name of its class
@@ -107,16 +84,10 @@ class Settings:
 
     def as_dict(self) -> dict:
         """The settings as JSON can hold them; an augmentation is its repr."""
-        values = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                value = [v if isinstance(v, float) else repr(v) for v in value]
-            values[f.name] = value
-        return values
+        return vars(self) | {"augment": [repr(a) for a in self.augment], "mean": [*self.mean], "std": [*self.std]}
 
     def shaping(self) -> dict:
-        """The settings that shape the weights, without those at their default: a new field renames no checkpoint."""
+        """Those that shape the weights and are not at their default: a new field renames no checkpoint."""
         values, defaults = self.as_dict(), Settings().as_dict()
         reading = {"patience"} if self.schedule == "linear" else {"patience", "epochs"}
         return {k: v for k, v in values.items() if k not in reading and v != defaults[k]}
@@ -133,9 +104,6 @@ class Run:
 
     name: str
     settings: Settings = Settings()
-
-    def with_settings(self, **changes) -> "Run":
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes))
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
@@ -167,19 +135,17 @@ class Split:
     def batch(
         self, index: Tensor, settings: Settings, rng: torch.Generator | None = None, part: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Cut, augment and normalise one batch, whole.
+        """Cut, augment and normalise a batch: float32 images [b, 3, 32, 32], channels_last, and labels [b].
 
-        index: [B], numbers of the batch's images, on the CPU. rng: draws the augmentations, one parameter set per
-        image; None leaves the images as they are. part: which of the B images to return; the draws are always made
-        for all B, so that several processes sharing a batch draw what one process would.
-        Returns float32 images [b, 3, 32, 32], channels_last, and labels [b].
+        index: numbers of the batch's images, [B] on the CPU. rng: draws the augmentations; None leaves the images as
+        they are. part: which of the B images to return; the draws are always made for all B, so that several processes
+        sharing a batch draw what one would.
         """
         mine = index[part].to(self.images.device)
         images = self.images[mine].float().div_(255)
         if rng is not None:
             images = augment(images, settings.augment, rng, len(index), part)
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
-        images = images.sub_(mean).div_(std)
+        images = TF.normalize(images, settings.mean, settings.std, inplace=True)
         return images.contiguous(memory_format=torch.channels_last), self.labels[mine]
 
 
@@ -187,33 +153,24 @@ DATA_ADVICE = f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DI
 
 
 def find_data_dir(option: Path | None = None) -> Path:
-    """--data-dir, else the environment variable CIFAR10_DIR, else data/; also where it names the folder inside.
-
-    Raises UserError where that is no folder.
-    """
-    path = option or expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
-    if path.is_file() or (path.is_symlink() and not path.exists()):
+    """--data-dir, else $CIFAR10_DIR, else data/; they may name the folder inside. UserError where that is no folder."""
+    path = option or machine.expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
+    if os.path.lexists(path) and not path.is_dir():
         what = "a file" if path.is_file() else "a link that leads nowhere"
         raise UserError(f"the data folder {str(path)!r} is {what}, not a folder: {DATA_ADVICE}")
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 
 def cifar10_problem(data_dir: Path) -> str | None:
-    """What is missing or damaged of the official files; torchvision does not look for batches.meta."""
+    """Which of the official files are missing or damaged; torchvision does not look for batches.meta."""
     files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
     here = data_dir / CIFAR10.base_folder
-    missing = [name for name in files if not (here / name).exists()]
-    for name, md5 in files.items():
-        if name not in missing and not check_integrity(str(here / name), md5):
-            return f"{here / name} is not the official file (its MD5 differs)"
-    return f"{here} lacks {', '.join(missing)}" if missing else None
+    wrong = [name for name, md5 in files.items() if not check_integrity(str(here / name), md5)]
+    return f"{here}: {', '.join(wrong)} missing or damaged (another MD5)" if wrong else None
 
 
 def fetch_cifar10(data_dir: Path) -> None:
-    """Download and unpack the official CIFAR-10 where it is missing. An archive that is whole is unpacked again.
-
-    Raises UserError where there are files that are not ours to overwrite.
-    """
+    """Download and unpack what is missing. Raises UserError where there are files that are not ours to overwrite."""
     if (problem := cifar10_problem(data_dir)) is None:
         return
     if data_dir.is_dir() and not os.access(data_dir, os.W_OK):
@@ -230,9 +187,8 @@ def fetch_cifar10(data_dir: Path) -> None:
 
 
 def load_cifar10(data_dir: Path) -> dict[str, Split]:
-    """The official CIFAR-10, downloaded and verified by torchvision.
+    """The official CIFAR-10. train: the first 49,000 training images; validation: the last 1,000; test: 10,000.
 
-    train: the first 49,000 training images; validation: the last 1,000; test: 10,000.
     Raises UserError where the files are damaged, or missing and not to be had.
     """
     try:
@@ -241,18 +197,17 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     except (OSError, RuntimeError) as error:
         reason = f"CIFAR-10 is not readable in {str(data_dir)!r} and could not be downloaded ({error})"
         raise UserError(f"{reason}: {DATA_ADVICE}") from error
-    train, test = (
-        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
-    )
+    images, test_images = (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous() for p in parts)
+    labels, test_labels = (torch.tensor(p.targets) for p in parts)
     return {
-        "train": Split(train.images[:-VALIDATION_IMAGES], train.labels[:-VALIDATION_IMAGES]),
-        "validation": Split(train.images[-VALIDATION_IMAGES:], train.labels[-VALIDATION_IMAGES:]),
-        "test": test,
+        "train": Split(images[:-VALIDATION_IMAGES], labels[:-VALIDATION_IMAGES]),
+        "validation": Split(images[-VALIDATION_IMAGES:], labels[-VALIDATION_IMAGES:]),
+        "test": Split(test_images, test_labels),
     }
 
 
 def load_sample() -> dict[str, Split]:
-    """The bundled, class-balanced excerpt, cut by sample/cut_sample.py: 1,500 training, 200 validation, 500 test."""
+    """The bundled, class-balanced excerpt, by sample/cut_sample.py: 1,500 training, 200 validation, 500 test images."""
     splits = {}
     for part, entry in json.loads((SAMPLE_DIR / "index.json").read_text()).items():
         sheet = TF.pil_to_tensor(Image.open(SAMPLE_DIR / f"{part}.png"))  # [3, 32 rows, 32 columns]
@@ -261,8 +216,8 @@ def load_sample() -> dict[str, Split]:
     return splits
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Split]:
-    keep_large_blocks()
+def load_data(args: Namespace, device: torch.device) -> dict[str, Split]:
+    machine.keep_large_blocks()
     data = load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
     return {part: split.to(device) for part, split in data.items()}
 
@@ -316,24 +271,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def formula_parameters(module: nn.Module) -> int | None:
-    """The report's formulas (1) and (2); for batch norm, where it has none, a scale and a shift per channel."""
-    if isinstance(module, nn.Conv2d):
-        return (module.kernel_size[0] * module.kernel_size[1] * module.in_channels + 1) * module.out_channels
-    if isinstance(module, nn.Linear):
-        return module.out_features * (module.in_features + 1)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return 2 * module.num_features
-    return None
-
-
 def all_parameters(model: nn.Module) -> dict:
     """As the results hold them: the trainable ones, and per layer PyTorch's count beside the report's formula."""
     layers = []
     for name, module in model.named_modules():
-        if (formula := formula_parameters(module)) is not None:
-            counted = sum(p.numel() for p in module.parameters())
-            layers.append({"layer": name, "type": type(module).__name__, "parameters": counted, "formula": formula})
+        if isinstance(module, nn.Conv2d):
+            formula = (math.prod(module.kernel_size) * module.in_channels + 1) * module.out_channels  # the report's (1)
+        elif isinstance(module, nn.Linear):
+            formula = module.out_features * (module.in_features + 1)  # (2)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            formula = 2 * module.num_features  # the report has none: a scale and a shift per channel
+        else:
+            continue
+        counted = sum(p.numel() for p in module.parameters())
+        layers.append({"layer": name, "type": type(module).__name__, "parameters": counted, "formula": formula})
     return {"trainable": count_parameters(model), "layers": layers}
 
 
@@ -345,49 +296,24 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"{'trainable parameters':<30}{parameters['trainable']:>12,}", ""])
 
 
-# ----------------------------------------------------------------------------------------------------------- filters
-
-FILTER_COLUMNS = 16
-FILTER_PIXEL, FILTER_GAP, FILTER_LABEL = 8, 5, 13  # pixels of the grid image: a weight's edge, a gap, a number's line
-
-
 def first_filters(model: nn.Module) -> Tensor:
     """A copy of the first convolution's weights, [C_out, 3, K, K] float32 on the CPU."""
     weight = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight
     return weight.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def filter_tile(number: int, size: int) -> tuple[int, int]:
-    """Top left pixel (y, x) of filter `number` (from 1, row by row, as the report numbers them) in `filter_grid`."""
-    row, column = divmod(number - 1, FILTER_COLUMNS)
-    edge = size * FILTER_PIXEL + FILTER_GAP
-    return row * (edge + FILTER_LABEL) + FILTER_LABEL, column * edge
-
-
-def filter_grid(weight: np.ndarray, scale: float) -> np.ndarray:
-    """Filters [C_out, 3, K, K] as one RGB image in [0, 1] on white: grey is 0, a full colour +-`scale`."""
-    size = weight.shape[-1]
-    y, x = filter_tile(FILTER_COLUMNS * math.ceil(len(weight) / FILTER_COLUMNS), size)
-    grid = np.ones((y + size * FILTER_PIXEL, x + size * FILTER_PIXEL, 3))
-    for number, kernel in enumerate(np.clip(0.5 + weight / (2 * scale), 0, 1), 1):
-        y, x = filter_tile(number, size)
-        tile = kernel.transpose(1, 2, 0).repeat(FILTER_PIXEL, 0).repeat(FILTER_PIXEL, 1)
-        grid[y : y + len(tile), x : x + len(tile)] = tile
-    return grid
-
-
 def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float) -> Figure:
-    """First-layer filters [C_out, 3, K, K] as numbered grids of 16 columns, one panel per entry of `weights`.
-
-    All panels share one scale: grey is 0, a full colour a weight of +-`scale`.
-    """
-    rows = math.ceil(max(map(len, weights.values())) / FILTER_COLUMNS)
-    figure = Figure(figsize=(7.5 * len(weights), 0.8 + 0.65 * rows))
+    """First-layer filters [C_out, 3, K, K] as numbered grids, a panel for each; grey is 0, a full colour +-`scale`."""
+    columns, gap = 16, 2  # a filter's number stands in the gap above it
+    rows = math.ceil(max(map(len, weights.values())) / columns)
+    figure = Figure(figsize=(9 * len(weights), 0.8 + 0.54 * rows))
     for axes, (name, weight) in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights.items()):
-        axes.imshow(filter_grid(weight, scale), interpolation="nearest")
-        for number in range(1, len(weight) + 1):
-            y, x = filter_tile(number, weight.shape[-1])
-            axes.text(x, y - 2, str(number), fontsize=6.5, va="bottom", color="0.25")
+        colours = (0.5 + torch.from_numpy(weight) / (2 * scale)).clamp(0, 1)
+        grid = make_grid(colours, columns, gap, pad_value=1)  # [3, height, width], a pixel per weight
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for i in range(len(weight)):
+            top, left = (gap + place * (weight.shape[-1] + gap) for place in divmod(i, columns))
+            axes.text(left - 0.5, top - 0.7, str(i + 1), fontsize=6.5, va="bottom", color="0.25")
         axes.set_title(f"{name} (grey = 0, full colour = ±{scale:.2f})", fontsize=10)
         axes.axis("off")
     figure.suptitle(heading)
@@ -397,16 +323,14 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-Build = Callable[[Settings], nn.Module]  # a network, fresh from PyTorch's global generator
 Optimizer = torch.optim.Optimizer | MuonAndSGD
 
 
 def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, prepare=None) -> dict:
     """Train `model`, as `build` made it, on from its checkpoint at `path`, until the run's epochs or patience end.
 
-    After every epoch the checkpoint is replaced, so an interrupted training loses at most the epoch it was in. What any
-    rule could ask for later is recorded when the epoch passes, so that every rule can be read from one training.
-    prepare: makes what the loop is fed of (model, data, settings). Returns the checkpoint: see `new_checkpoint`.
+    Returns the checkpoint (see `new_checkpoint`), which is replaced after every epoch and holds what any rule could ask
+    for later. prepare: makes what the loop is fed of (model, data, settings).
     """
     settings, first = run.settings, first_logits(model, data["train"], run.settings)
     state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
@@ -414,14 +338,14 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     history = state["history"]
     if stops_after(history, settings):
         return state
-    announce(f"{run.name} seed {settings.seed}", device, settings.precision)
+    machine.announce(f"{run.name} seed {settings.seed}", device, settings.precision)
     optimizer = make_optimizer(model, settings, device)
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     start = time.perf_counter()
     data = prepare(model, data, settings) if prepare else data
-    network = distribute(model, device)
+    network = machine.distribute(model, device)
     with make_progress(run, len(data["train"]), len(history)) as progress:
         while not stops_after(history, settings):
             epoch = len(history) + 1
@@ -448,8 +372,8 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
 def train_epoch(
     model: nn.Module, optimizer: Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
 ) -> tuple[float, Tensor]:
-    """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that of
-    every step's batch, float32 [steps] on the CPU. Raises UserError when the loss is not finite.
+    """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that
+    of every step's batch, float32 [steps] on the CPU. Raises UserError when the loss is not finite.
     """
     device = split.labels.device
     model.train()
@@ -459,7 +383,9 @@ def train_epoch(
     total, seen, step_losses = torch.zeros((), device=device), 0, []
     batches = cut_batches(order, settings.batch_size)
     for step, index in enumerate(batches, 1):
-        set_learning_rates(optimizer, settings, epoch - 1 + (step - 1) / len(batches))
+        factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", settings.learning_rate) * factor
         images, labels = split.batch(index, settings, rng, my_part(len(index)))
         with autocast(settings, device):
             logits = model(images).float()
@@ -480,26 +406,23 @@ def train_epoch(
 
 def validate(model: nn.Module, validation: Split, settings: Settings, epoch: int) -> dict:
     """Loss and accuracy on the validation images; with augmentation also on augmented ones, as the report measures it.
-
-    Those are drawn anew in every epoch, from a random stream of their own. They choose no weights.
+    Those are drawn anew in every epoch, and choose no weights.
     """
-    measured = {}
-    for name, rng in (("", None), ("augmented_", generator(settings.seed, epoch, "validation"))):
-        if rng is None or settings.augment:
-            loss, predictions = evaluate(model, validation, settings, rng)
-            require_finite(loss, f"{name.replace('_', ' ')}validation", epoch)
-            measured[f"{name}validation_loss"] = loss
-            measured[f"{name}validation_accuracy"] = accuracy(predictions, validation.labels)
+    measured, streams = {}, {"": None}
+    if settings.augment:
+        streams["augmented_"] = generator(settings.seed, epoch, "validation")
+    for name, rng in streams.items():
+        loss, predictions = evaluate(model, validation, settings, rng)
+        require_finite(loss, f"{name.replace('_', ' ')}validation", epoch)
+        measured[f"{name}validation_loss"] = loss
+        measured[f"{name}validation_accuracy"] = accuracy(predictions, validation.labels)
     return measured
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, split: Split, settings: Settings, rng: torch.Generator | None = None
-) -> tuple[float, Tensor]:
+def evaluate(model: nn.Module, split: Split, settings: Settings, rng=None) -> tuple[float, Tensor]:
     """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was.
-
-    rng: draws augmentations, as in `Split.batch`; None leaves the images as they are.
+    rng: as in `Split.batch`.
     """
     was_training = model.training
     model.eval()
@@ -516,19 +439,17 @@ def evaluate(
     return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
-def stopping_epoch(
-    accuracies: Sequence[float], epochs: int, patience: int | None = None, ties_count: bool = False
-) -> int | None:
+def stopping_epoch(accuracies: Sequence[float], epochs: int, patience: int | None = None) -> int | None:
     """The epoch (from 1) after which training ends; None while it goes on.
 
     It ends after `epochs`, or when `patience` epochs since the best one had a validation accuracy below it. As in the
-    report's code, an epoch that equals the best neither counts nor starts the count again; with `ties_count` it counts.
+    report's code, an epoch that equals the best neither counts nor starts the count again.
     """
     best, below = -math.inf, 0
     for epoch, accuracy in enumerate(accuracies[:epochs], 1):
         if accuracy > best:
             best, below = accuracy, 0
-        elif accuracy < best or ties_count:
+        elif accuracy < best:
             below += 1
             if below == patience:
                 return epoch
@@ -550,11 +471,8 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels.cpu()).sum().item() / len(labels)
 
 
-def build(run: Run, device: torch.device, network: Build = convnet) -> nn.Module:
-    """The run's network as its seed initialises it.
-
-    Raises ValueError where the settings call it something else: its checkpoint would bear another network's name.
-    """
+def build(run: Run, device: torch.device, network: Callable[[Settings], nn.Module] = convnet) -> nn.Module:
+    """The run's network as its seed initialises it. ValueError where the settings name another one."""
     torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
     model = network(run.settings)
     name = type(model).__name__
@@ -565,8 +483,7 @@ def build(run: Run, device: torch.device, network: Build = convnet) -> nn.Module
 
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     """Convolutions and matrix products in bfloat16, weights and optimiser in float32; with fp32, nothing changes."""
-    dtype = computing_dtype(settings.precision)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> Optimizer:
@@ -584,29 +501,20 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
     return settings.lr_decay ** int(epochs_done)
 
 
-def set_learning_rates(optimizer: Optimizer, settings: Settings, epochs_done: float) -> None:
-    factor = learning_rate_factor(settings, epochs_done)
-    for group in optimizer.param_groups:
-        group["lr"] = group.get("initial_lr", settings.learning_rate) * factor
-
-
 def cut_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Numbers of images [N] -> batches of `size`. A last batch of a few images is merged into the one before it: batch
-    norm cannot normalise one image, and several processes share a batch.
+    """Numbers of images [N] -> batches of `size`. A last one of a few images joins the one before it: batch norm cannot
+    normalise one image, and several processes share a batch.
     """
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) < min(16, size):
-        last = batches.pop()
-        batches[-1] = torch.cat([batches[-1], last])
+        batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
 
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
-        raise UserError(
-            f"the {name} loss became {loss} in epoch {epoch}; the checkpoint of the epoch before, if any, is kept: "
-            "lower the learning rate or try --precision fp32"
-        )
+        advice = "the epochs before are kept; lower the learning rate or try --precision fp32"
+        raise UserError(f"the {name} loss became {loss} in epoch {epoch}: {advice}")
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -617,16 +525,9 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def make_progress(run: Run, images: int, epochs_done: int) -> tqdm:
-    """A bar over all images of all epochs, with the time left; of the first process, on a terminal."""
-    return tqdm(
-        total=run.settings.epochs * images,
-        initial=epochs_done * images,
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0,  # the average speed, evaluation included
-        disable=True if rank() else None,
-    )
+    """A bar over all images of all epochs, at their average speed; of the first process, on a terminal."""
+    total, done, hide = run.settings.epochs * images, epochs_done * images, True if rank() else None
+    return tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0, disable=hide)
 
 
 def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
@@ -636,12 +537,10 @@ def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
     if progress.disable:
         left = (run.settings.epochs - len(history)) * statistics.median(h["seconds"] for h in history)
         epoch = f"{run.name} seed {run.settings.seed} epoch {len(history)}/{run.settings.epochs}"
-        tell(f"{epoch}: {numbers}, at most {tqdm.format_interval(round(left))} left")
+        machine.tell(f"{epoch}: {numbers}, at most {tqdm.format_interval(round(left))} left")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
-
-SAME_LOGITS = 0.005  # of their spread over images; rounding makes a tenth of a thousandth
 
 
 def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
@@ -662,23 +561,22 @@ def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
 @torch.no_grad()
 def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
     """What a fresh network puts out, without dropout, for the first images of its first batch: float32 [n, 10].
-
     Initialisation, order, augmentation and forward pass are all in it: where it differs, other code trained.
     """
     order = torch.randperm(len(split), generator=generator(settings.seed, 1, "order"))
     index, rng = cut_batches(order, settings.batch_size)[0], generator(settings.seed, 1, "augment")
     images, _ = split.batch(index, settings, rng, slice(32))
-    was_training = model.training
     model.eval()
     logits = model(images).float().cpu()
-    model.train(was_training)
+    model.train()
     return logits
 
 
 def note_environment(state: dict, model: nn.Module, device: torch.device, precision: str) -> None:
     """Where this epoch was trained, if it is not where the one before was."""
-    here, environments = environment(device, precision), state["environments"]
-    if normalises_parts(model, device):
+    here, environments = machine.environment(device, precision), state["environments"]
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if batch_norm and world_size() > 1 and device.type != "cuda":  # which synchronises it
         here["batch_norm"] = "over each process's part of the batch"
     if not environments or here.items() - environments[-1].items():
         environments.append({**here, "from_epoch": len(state["history"])})
@@ -689,7 +587,7 @@ def checkpoint_path(checkpoint_dir: Path, settings: Settings) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """By the first process; the others wait until it is there."""
+    """By the first process; the others wait."""
     if rank() == 0:
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -699,16 +597,22 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Tensor) -> dict:
     """The checkpoint at `path`. Raises UserError where it is damaged, of other settings, of another network than
-    `model`, or of other code than puts out `first` (see `first_logits`); it is left in place.
+    `model`, or of other code than puts out `first` (see `first_logits`).
     """
     advice = "it is left as it is; --fresh starts over and keeps it beside the new one, as .old"
     try:
-        state = read_checkpoint(path)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(bad)
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        parts = {"network", "environments", "history", "step_losses", "predictions", "filters", "best", "optimizer"}
+        if missing := parts - state.keys():
+            raise KeyError(*missing)
         asked, sizes = settings.shaping(), {k: v.shape for k, v in state["model"].items()}
         different = [k for k in asked | state["settings"] if state["settings"].get(k) != asked.get(k)]
         logits = state.get("first_logits", first)
-        spread = (first - first.mean(0)).norm()
-        same_code = logits.shape == first.shape and not (logits - first).norm() > SAME_LOGITS * spread
+        spread = (first - first.mean(0)).norm()  # over images; rounding moves the logits by 1 / 10,000 of it
+        same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -723,26 +627,11 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
     return state
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Raises whatever a damaged file makes zipfile, pickle or torch raise; KeyError where a part is missing."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
-        if (bad := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    parts = {"settings", "network", "environments", "history", "step_losses", "predictions", "filters"}
-    if missing := (parts | {"model", "best", "optimizer"}) - state.keys():
-        raise KeyError(*missing)
-    return state
-
-
 # ----------------------------------------------------------------------------------------------------------- results
 
 
 def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
-    """The test numbers of one set of weights: on the first 1,000 images, as the report tests, and on all.
-
-    `correct` holds one bit per image, packed and in base 64.
-    """
+    """The test numbers of one set of weights. `correct` holds one bit per image, packed and in base 64."""
     labels, predictions = labels.cpu(), predictions.long()
     correct = predictions == labels
     confusion = torch.bincount(10 * labels + predictions, minlength=100).view(10, 10)  # [true, predicted]
@@ -757,10 +646,7 @@ def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
 
 
 def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Tensor) -> dict:
-    """Read a run from its checkpoint: follow its rule through the recorded epochs. Trains nothing.
-
-    parameters: what `all_parameters` says of its network.
-    """
+    """A run's result, read from a checkpoint by the run's rule. parameters: `all_parameters` of its network."""
     last = stops_after(state["history"], run.settings)
     history = state["history"][:last]
     best = best_epoch(history)
@@ -795,9 +681,9 @@ def write_result(run_folder: Path, result: dict, state: dict) -> bool:
     text = "{\n " + ",\n ".join(f"{json.dumps(name)}: {as_lines(value)}" for name, value in result.items()) + "\n}\n"
     if path.exists() and path.with_suffix(".npz").exists() and json.loads(path.read_text()) == json.loads(text):
         return False
-    epochs, buffer = {"before": 0, "last": len(result["history"])}, io.BytesIO()
-    arrays = {name: state["filters"][epoch].numpy() for name, epoch in epochs.items()}
-    np.savez_compressed(buffer, step_losses=torch.stack(state["step_losses"][: epochs["last"]]).numpy(), **arrays)
+    last, filters, buffer = len(result["history"]), state["filters"], io.BytesIO()
+    losses = torch.stack(state["step_losses"][:last]).numpy()
+    np.savez_compressed(buffer, step_losses=losses, before=filters[0].numpy(), last=filters[last].numpy())
     path.unlink(missing_ok=True)  # an interrupt must not leave one training's JSON beside another's npz
     write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     write_atomic(path, text.encode())
@@ -807,124 +693,107 @@ def write_result(run_folder: Path, result: dict, state: dict) -> bool:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
+def whole_number(text: str, least: int = 0) -> int:
+    """Type of options."""
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentTypeError(f"must be a whole number from {least} up, not '{text}'")
+    return int(text)
+
+
 def positive(text: str) -> int:
-    """Type of options that count something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not '{text}'")
-    return int(text)
+    return whole_number(text, 1)
 
 
-def seed_number(text: str) -> int:
-    """Type of --seed."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 up, not '{text}'")
-    return int(text)
-
-
-def make_parser(doc: str | None) -> Parser:
+def make_parser(doc: str | None) -> machine.Parser:
     """The options all question scripts share; `doc` is the script's docstring, its manual."""
-    parser = Parser(doc)
+    parser = machine.Parser(doc)
     add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--list", action="store_true", help="show every run and its state, and exit")
     add("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
-    seeds.add_argument("--seed", type=seed_number, metavar="N", help="train seed N alone")
-    epochs = "instead of the report's number; such runs are named by it, and not compared"
-    add("--epochs", type=positive, metavar="N", help=epochs)
-    sample = f"the bundled excerpt: no download, {SAMPLE_EPOCHS} epochs, output in results/sample/"
-    add("--sample", action="store_true", help=sample)
-    add("--data-dir", type=expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
+    seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
+    add("--epochs", type=positive, metavar="N", help="not the report's; such runs are named by it, and not compared")
+    add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
+    add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    precision = "fp32, bf16, or auto: bf16 where it is native and faster"
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where native and faster")
     add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
     add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
     add("--figures", choices=("pdf", "svg"), help="write every figure in this format too")
-    add("--output-dir", type=expand, default=ROOT / "results", help="default results/")
-    add("--checkpoint-dir", type=expand, default=ROOT / "checkpoints", help="default checkpoints/")
+    add("--output-dir", type=machine.expand, default=ROOT / "results", help="default results/")
+    add("--checkpoint-dir", type=machine.expand, default=ROOT / "checkpoints", help="default checkpoints/")
     return parser
 
 
-def output_folder(args: argparse.Namespace) -> Path:
+def output_folder(args: Namespace) -> Path:
     """Where the questions' folders are: those of the sample never stand among the real ones."""
     return args.output_dir / "sample" if args.sample else args.output_dir
 
 
-def seeds_of(args: argparse.Namespace) -> list[int]:
+def seeds_of(args: Namespace) -> list[int]:
     return list(range(args.seeds)) if args.seed is None else [args.seed]
 
 
 def on_sample(settings: Settings) -> Settings:
-    """These settings as they suit the bundled excerpt: so few images need smaller batches, at half the learning rate."""
+    """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate."""
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
-    return dataclasses.replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
+    return replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 
 
-def asked_for(run: Run, args: argparse.Namespace, precision: str) -> Run:
-    """The run with the command line's settings.
-
-    At another number of epochs, or in a precision that was asked for, it has a name of its own: it stands beside the
-    run in the report's setting, and must not overwrite it.
+def asked_for(run: Run, args: Namespace, precision: str) -> Run:
+    """The run with the command line's settings. With other epochs, or a precision that was asked for, it has a name of
+    its own, and does not overwrite the run in the report's setting.
     """
-    settings = dataclasses.replace(run.settings, precision=precision)
+    name, settings = run.name, replace(run.settings, precision=precision)
     if args.sample:
         settings = on_sample(settings)
-    name = run.name
     if args.epochs and args.epochs != settings.epochs:
-        settings = dataclasses.replace(settings, epochs=args.epochs)
+        settings = replace(settings, epochs=args.epochs)
         name += f"_{args.epochs}epochs"
     if args.precision != "auto":
         name += f"_{precision}"
     return Run(name, settings)
 
 
-def select_runs(runs: Sequence[Run], args: argparse.Namespace, device: torch.device) -> list[Run]:
+def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> list[Run]:
     """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
-    precision = choose_precision(args.precision, device)
+    precision = machine.choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     by_name = asked | {run.name: run for run in asked.values()}
     if unknown := set(args.only or ()) - by_name.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(asked)}")
-    chosen = {by_name[name].name: by_name[name] for name in args.only or asked}
-    return [run.with_settings(seed=seed) for run in chosen.values() for seed in seeds_of(args)]
+    chosen = dict.fromkeys(by_name[name] for name in args.only or asked)
+    return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds_of(args)]
 
 
 def train_runs(
-    question: str,
-    runs: Sequence[Run],
-    args: argparse.Namespace,
-    device: torch.device,
-    network: Build = convnet,
-    prepare: Callable | None = None,
-    split: Callable | None = None,
+    question: str, runs: Sequence[Run], args: Namespace, device: torch.device, network=convnet, prepare=None, split=None
 ) -> Iterator[Run]:
     """Train what is missing of the runs asked for; yields each run whose result is new, when it is written.
 
-    network: builds it from the settings. prepare: see `train`. split: makes other splits of the data. --list only names
-    the runs, and with --replot there is nothing to train. What can be checked is checked before the first training.
+    network, prepare: see `build` and `train`. split: makes other splits of the data. --list only names the runs, and
+    with --replot there is nothing to train. What can be checked is checked before the first training.
     """
     runs = select_runs(runs, args, device)
-    if args.list:
+    if args.list and rank() == 0:
         list_runs(question, runs, args)
     if args.list or args.replot:
         return
     for folder in (args.output_dir, args.checkpoint_dir):
-        require_writable(folder)
+        machine.require_writable(folder)
     data, shown, renamed = load_data(args, device), set(), set()
     data = split(data) if split else data
     kept = {} if args.fresh else {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
-    for path, run in tqdm(
-        kept.items(), desc="reading checkpoints", leave=False, delay=2, disable=True if rank() else None
-    ):
+    hide = True if rank() else None  # None: without a terminal
+    for path, run in tqdm(kept.items(), "reading checkpoints", leave=False, delay=2, disable=hide):
         if path.exists():
             model = build(run, device, network)
             load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
     for run in runs:
         path = checkpoint_path(args.checkpoint_dir, run.settings)
-        with ExitStack() as held:
+        with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
             if rank() == 0:
-                held.enter_context(file_lock(path.with_suffix(".lock")))
-                remove_leftovers(path)
+                machine.remove_leftovers(path)
                 if args.fresh and path not in renamed and path.exists():
                     os.replace(path, path.with_suffix(".old"))
                 renamed.add(path)
@@ -940,10 +809,8 @@ def train_runs(
             yield run
 
 
-def list_runs(question: str, runs: Sequence[Run], args: argparse.Namespace) -> None:
+def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:
     """--list: every run, its checkpoint and its state."""
-    if rank():
-        return
     width = max(len(run.name) for run in runs)
     for run in runs:
         result = output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
@@ -960,7 +827,7 @@ def run_state(path: Path, settings: Settings, has_result: bool) -> str:
         history = []
     except Exception:  # noqa: BLE001 - a damaged file fails anywhere in zipfile, pickle or torch
         return "damaged checkpoint"
-    if history and stops_after(history, settings):
+    if stops_after(history, settings):
         return "done" if has_result else "trained, no result yet"
     state = f"epoch {len(history)}" if history else "not started"
     return f"{state} (has a result)" if has_result else state  # of another machine, or of before --fresh

@@ -13,6 +13,7 @@ training; question 1's is the first 20 epochs of one of them. What we found: res
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -105,10 +106,13 @@ def plot_stops(full: dict[str, Result], results: Results) -> Figure:
 
 def rules_of(whole: Result, results: Results) -> list[Result]:
     """Readings of this very training with a patience."""
-    found = [result for run in results.values() for result in run if result.settings["patience"]]
-    found = [r for r in found if r.training() == whole.training() and r.seed == whole.seed]
-    name = "validation_accuracy"  # another machine's training of the same seed has other ones
-    return [r for r in found if np.array_equal(r.curves[name], whole.curves[name][: r.epochs])]
+    rules = []
+    for result in chain.from_iterable(results.values()):
+        is_reading = result.settings["patience"] and result.training() == whole.training() and result.seed == whole.seed
+        ours, theirs = (found.curves["validation_accuracy"][: result.epochs] for found in (whole, result))
+        if is_reading and np.array_equal(ours, theirs):  # another machine's training of the same seed has other ones
+            rules.append(result)
+    return rules
 
 
 def mark_best(axes, result: Result, curve: str, color: str, **style) -> None:

@@ -151,9 +151,8 @@ def imagenet_weights() -> dict:
     """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
     try:
-        if cached.exists() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(
-            cached.stem.split("-")[1]
-        ):
+        expected = cached.stem.split("-")[1]
+        if cached.exists() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
             raise UserError(f"{cached} is damaged: its SHA-256 is another; delete it and run again")
         return IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
     except UserError:
@@ -250,9 +249,7 @@ def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings)
     """What the loop is fed: of a backbone frozen in evaluation mode its features; test images are never mirrored."""
     if settings.backbone != "frozen":
         return data
-    return {
-        name: compute_features(model, split, settings, mirror=name != "test", name=name) for name, split in data.items()
-    }
+    return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -280,9 +277,8 @@ def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
         steps = losses.shape[1]
         style_axes(axes, "training loss (cross entropy)", "step")
         axes.plot(range(1, losses.size + 1), losses.ravel(), color="lightsteelblue", linewidth=0.4, label="every step")
-        axes.plot(
-            (np.arange(len(losses)) + 0.5) * steps, losses.mean(1), color="tab:orange", label="mean of every epoch"
-        )
+        middle = (np.arange(len(losses)) + 0.5) * steps
+        axes.plot(middle, losses.mean(1), color="tab:orange", label="mean of every epoch")
         for theirs in [] if first.is_sample else figures_of(run):
             if "train_loss" in theirs:
                 middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps

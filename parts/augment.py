@@ -45,9 +45,7 @@ class HorizontalFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """torchvision's RandomCrop(size, padding, padding_mode="reflect") to the images' own size: the images are mirrored
-    at their edges, then a window anywhere.
-    """
+    """torchvision's RandomCrop(size, padding, padding_mode="reflect") to the images' own size."""
 
     padding: int = 4
 
@@ -64,8 +62,8 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class Cutout:
-    """A square of size x size pixels, anywhere within the image, becomes grey (DeVries and Taylor 2017); as torchvision's
-    `erase` with 0.5.
+    """A square of size x size pixels, anywhere within the image, becomes grey (DeVries and Taylor 2017); as
+    torchvision's `erase` with 0.5.
     """
 
     size: int = 8

@@ -1,7 +1,6 @@
 """What depends on the machine: device and precision, processes, files, and errors that a person can act on."""
 
 import argparse
-import contextlib
 import ctypes
 import datetime
 import difflib
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,24 +37,24 @@ def choose_device(name: str) -> torch.device:
     Also sets up this process for it; call before torch starts its threads, which take over how they treat subnormals.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [kind for kind, there in available.items() if there]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if launched() and (name == "mps" or name.startswith("cuda:")):
+        name = kinds[0]
+    launched = torch.distributed.is_torchelastic_launched()
+    if launched and (name == "mps" or name.startswith("cuda:")):
         raise UserError(f"torchrun gives every process a GPU of its own or none: --device cuda or cpu, not {name}")
-    if name == "cuda" and launched():
+    if name == "cuda" and launched:
         processes_here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes_here > gpus:
             raise UserError(f"torchrun: {processes_here} processes for {gpus} GPUs")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        there = available.get(device.type, False)
-        there = there and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count())
+        there = device.type in kinds and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count())
     except RuntimeError:
         there = False
     if not there:
-        kinds = ", ".join(kind for kind, here in available.items() if here)
-        raise UserError(f"--device {name} is not there; on this machine: {kinds}")
+        raise UserError(f"--device {name} is not there; on this machine: {', '.join(kinds)}")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -66,31 +65,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Does the device multiply bfloat16 in hardware?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where it is native and pays, else fp32. Raises UserError for bf16 where it would be emulated.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
-    native = native_bf16(device)
+    cpu = torch.cpu.get_capabilities()
+    native = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not native:
         raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
     if name != "auto":
         return name
-    cpu = torch.cpu.get_capabilities()
     slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     return "bf16" if native and not slow else "fp32"
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """What convolutions and matrix products are computed in; weights stay float32, and what optimisers keep."""
+    """What convolutions and matrix products are computed in."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -122,30 +115,20 @@ def announce(what: str, device: torch.device, precision: str) -> None:
 
 
 def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed blocks, else every step returns its activations to the kernel and back.
-
-    Without it a step of ConvNet takes 1.2 to 1.5 times as long (AMD EPYC, Zen 3, float32). Call before the first large
-    allocation. Without glibc nothing happens.
+    """Tell glibc's malloc to keep freed blocks; call before the first large allocation. Else every step returns its
+    activations to the kernel and back, and takes 1.2 to 1.5 times as long (ConvNet, AMD EPYC, Zen 3, float32).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # no glibc
         return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 256 * 2**20)
+    mallopt(-4, 0)  # M_MMAP_MAX of <malloc.h>
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 256 * 2**20)  # M_TOP_PAD
 
 
 # --------------------------------------------------------------------------------------------------------- processes
-#
-# Several processes, under torchrun. All read the same files, the first one writes them, and when one of them fails
-# torchrun ends them all. Alone, rank is 0 and the world 1.
-
-
-def launched() -> bool:
-    """By torchrun?"""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+# Under torchrun: all read the same files, the first writes them, and when one fails torchrun ends them all.
 
 
 def rank() -> int:
@@ -173,12 +156,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def normalises_parts(model: nn.Module, device: torch.device) -> bool:
-    """Does batch norm see a part of the batch in every process? CUDA synchronises it; CPUs cannot."""
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return batch_norm and world_size() > 1 and device.type != "cuda"
-
-
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes."""
     if world_size() == 1:
@@ -191,7 +168,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes when launched by torchrun: nccl on CUDA, else gloo; the cores are shared evenly."""
-    if not launched():
+    if not torch.distributed.is_torchelastic_launched():
         yield
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,10 +188,7 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 def expand(text: str) -> Path:
-    """Type of options that name a file or a folder: ~ is the home folder, which a shell leaves alone after "=".
-
-    Raises UserError for an empty path, such as an unset variable gives, and for a home that is not there.
-    """
+    """Type of options that name a path; a shell leaves ~ alone after "=". UserError where it is empty, or no home's."""
     if not text:
         raise UserError("a path on the command line is empty (an unset variable?)")
     try:
@@ -229,8 +203,8 @@ def require_writable(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        advice = "choose another with --output-dir or --checkpoint-dir"
-        raise UserError(f"cannot write to {path}: {error.strerror}; {advice}") from error
+        line = f"cannot write to {path}: {error.strerror}; choose another with --output-dir or --checkpoint-dir"
+        raise UserError(line) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -245,10 +219,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         if os.name == "posix":  # the new name must survive a power cut too
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
@@ -268,35 +240,27 @@ def file_lock(path: Path) -> Iterator[None]:
     """Hold a lock file, waiting for another process that has it, and saying so. A killed process lets go of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock, minutes = FileLock(path, mode=0o666), 0  # folders may be shared by several users
-        while True:
-            try:
-                lock.acquire(timeout=600 if minutes else 0)
-                break
-            except Timeout:
-                waited = f" (for {minutes} minutes now)" if minutes else ""
-                tell(f"waiting{waited} until another process lets go of {path}; Ctrl-C ends the waiting")
-                minutes += 10
+        lock = FileLock(path, mode=0o666)  # folders may be shared by several users
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            tell(f"waiting until another process lets go of {path}, as long as that takes; Ctrl-C ends the waiting")
+            held = lock.acquire()
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; is the folder yours to write?") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------- errors for people
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a line, on standard output or standard error. A reader that has gone away (`| head`), or a disk that is full,
-    ends the printing and not the training.
-    """
+    """Print a line. A reader that has gone away (`| head`), or a full disk, ends the printing and not the training."""
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed from the start
-        return
     try:
-        print(text, file=stream, flush=True)
+        if stream is not None:  # it was closed from the start
+            print(text, file=stream, flush=True)
     except OSError:
         with suppress(OSError, ValueError):  # Python's own flush at the end goes nowhere either
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -331,10 +295,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; finished epochs are kept, the same command (without --fresh) goes on after them", 130
     if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"the GPU's memory is full ({first_line(error)}): end what else runs there, or choose another --device",
-            2,
-        )
+        return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device", 2
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))):
         return f"there is not enough memory ({first_line(error)}): end what else runs on this machine", 2
     if isinstance(error, OSError) and error.filename is not None:
@@ -350,14 +311,13 @@ def first_line(error: BaseException) -> str:
 def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple[argparse.Namespace, torch.device]]:
     """Around a script's main: yields the parsed command line and the device, with all processes joined.
 
-    What `explain` knows ends in one line on standard error and SystemExit. Also from a thread or a notebook's cell,
-    where signals are not ours to set.
+    What `explain` knows ends in one line on standard error and SystemExit. Works in a thread or a notebook too.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a character
-    with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours to set
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             stack.callback(signal.signal, signal.SIGTERM, before)
         try:
@@ -368,7 +328,7 @@ def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple
         except (Exception, KeyboardInterrupt) as error:
             if (explained := explain(error)) is None:
                 raise
-            process = os.environ.get("RANK", "0")
-            who = parser.prog if process == "0" else f"{parser.prog}, process {process}"
-            say(f"{who}: {explained[0]}", error=True)
-            raise SystemExit(explained[1]) from None
+            line, code = explained
+            who = f"{parser.prog}, process {os.environ['RANK']}" if "RANK" in os.environ else parser.prog
+            say(f"{who}: {line}", error=True)
+            raise SystemExit(code) from None

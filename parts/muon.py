@@ -1,4 +1,4 @@
-"""Muon, for a network of convolutions: torch.optim.Muon takes matrices only, and leaves the rest to another optimiser."""
+"""Muon for a network of convolutions: torch.optim.Muon takes matrices only, and leaves the rest to another one."""
 
 import math
 
@@ -59,5 +59,5 @@ class MuonAndSGD:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """[C_out, C_in, K, K], channels_last -> a view of it, [C_out, K * K * C_in]. RuntimeError where it lies otherwise."""
+    """[C_out, C_in, K, K], channels_last -> a view, [C_out, K * K * C_in]. RuntimeError where it lies otherwise."""
     return weight.permute(0, 2, 3, 1).view(len(weight), -1)

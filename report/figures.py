@@ -1,7 +1,6 @@
 """Figures: of every run beside the report's curves, the overview, and the pieces that questions draw theirs with."""
 
 import io
-import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from common import CLASSES, visualize_filters
 from parts.machine import UserError, write_atomic
 from report.claims import MARKS
-from report.numbers import ReportRow, Result, figures_of, measure, name_of, read_arrays, the_report
+from report.numbers import ReportRow, Result, figures_of, measure, name_of, read_arrays, the_report, values
 
 MADE_BY = "Written by the question scripts"  # in every page and picture: nothing else is ever replaced
 GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
@@ -49,10 +48,10 @@ def save_figure(figure: Figure, path: Path, also: str | None = None, stamp: str 
         "pdf": {"Creator": note, "CreationDate": None, "Producer": None},
         "svg": {"Creator": note, "Date": None},
     }
-    for kind in ["png", *([also] if also else [])]:
+    for kind in ("png", also) if also else ("png",):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=110, bbox_inches="tight", metadata=metadata[kind])
-        write_ours(path.with_name(f"{path.stem}.{kind}"), buffer.getvalue())
+        write_ours(path.with_suffix(f".{kind}"), buffer.getvalue())
 
 
 def is_drawn(path: Path, stamp: str) -> bool:
@@ -112,26 +111,26 @@ def plot_curve(axes, found: Sequence[Result], curve: str, label: str | None, **s
         for result in found:
             plot_curve(axes, [result], curve, label if result is found[0] else None, **style)
         return
-    values = np.array([result.curves[curve] for result in found])  # [seeds, epochs]
-    epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
-    marker = "o" if len(epochs) == 1 else None
-    (line,) = axes.plot(epochs, mean, label=label, **{"marker": marker} | style)
+    curves = np.array([result.curves[curve] for result in found])  # [seeds, epochs]
+    epochs, mean = np.arange(1, found[0].epochs + 1), curves.mean(0)
+    (line,) = axes.plot(epochs, mean, label=label, marker="o" if len(epochs) == 1 else None, **style)
     if len(found) > 1:
-        deviation = values.std(0, ddof=1)
+        deviation = curves.std(0, ddof=1)
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def plot_reports_curves(axes, result: Result, styles: dict[str, str]) -> None:
     """The report's curves of a run, unobtrusive; none beside the sample. styles: curve -> line style."""
+    if result.is_sample:
+        return
     drawn = [figure for figure in figures_of(result.run) if styles.keys() & figure.keys()]
-    for figure, grey in zip([] if result.is_sample else drawn, GREYS):
-        for curve, style in styles.items():
-            if curve in figure:
-                label = f"report, Figure {figure['figure']}"
-                if len(styles) > 1:
-                    label += f": {'training' if curve == 'train_loss' else 'validation'}"
-                epochs = range(1, len(figure[curve]) + 1)
-                axes.plot(epochs, figure[curve], color=grey, linewidth=1, linestyle=style, label=label)
+    for figure, grey in zip(drawn, GREYS):
+        for curve in [curve for curve in styles if curve in figure]:
+            label = f"report, Figure {figure['figure']}"
+            if len(styles) > 1:
+                label += ": training" if curve == "train_loss" else ": validation"
+            epochs = range(1, len(figure[curve]) + 1)
+            axes.plot(epochs, figure[curve], color=grey, linewidth=1, linestyle=styles[curve], label=label)
 
 
 def plot_loss_curves(axes, found: Sequence[Result]) -> None:
@@ -194,9 +193,8 @@ def plot_filters(found: Sequence[Result]) -> Figure:
     first, arrays = found[0], read_arrays(found[0])
     scale = float(np.quantile(np.abs([arrays["before"], arrays["last"]]), 0.998))
     panels = {"before training": arrays["before"], f"after {first.epochs} epochs": arrays["last"]}
-    return visualize_filters(
-        panels, title(first, f"{name_of(first.run)}, first-layer filters, seed {first.seed}"), scale
-    )
+    heading = title(first, f"{name_of(first.run)}, first-layer filters, seed {first.seed}")
+    return visualize_filters(panels, heading, scale)
 
 
 RUN_FIGURES = {"losses": plot_losses, "accuracy": plot_accuracy, "filters": plot_filters, "confusion": plot_confusion}
@@ -213,72 +211,72 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- overview
 
-GROUPS = {  # of the overview's rows: a heading before the first run that matches
-    "question 1": "q1/",
-    "question 2": "q2/",
-    "question 3: augmentation": "q3/(?!dropout)",
-    "question 3: dropout": "q3/dropout",
-    "question 4": "q4/",
-}
 BREAK, LEFT, RIGHT = 60, (0, 60), (60, 94)  # percent: below and above the break each axis has a scale of its own
-VERDICTS = {True: "inside", False: "outside", None: "too few seeds"}
 WIDE = 10  # points to either side: such a bar says little
 
 
 def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     """A line per test accuracy of the report: its number, ours measured alike, where one more seed of ours would fall."""
-    lines = []  # a heading, or a row
-    for heading, pattern in GROUPS.items():
-        members = [row for row in rows if re.match(pattern, f"{row.question}/{row.run}")]
-        lines += [heading, *members] if members else []
+    lines = {}  # headings and rows, from top to bottom
+    for row in rows:
+        lines |= {heading_of(row): None, name_of(row.run): row}
     figure = Figure(figsize=(9.6, 0.255 * len(lines) + 1.2))
     low, high = figure.subplots(1, 2, width_ratios=(0.42, 1), sharey=True, gridspec_kw={"wspace": 0.06})
     for axes, limits in ((low, LEFT), (high, RIGHT)):
-        for place, row in enumerate(lines):
-            if isinstance(row, str):
-                axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0)
-            else:
+        for place, row in enumerate(lines.values()):
+            if row:
                 plot_row(axes, place, row)
+            else:
+                axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0)
         axes.set(xlim=limits, ylim=(len(lines) - 0.4, -0.6))
         axes.grid(axis="x", alpha=0.3)
-    low.set_yticks(range(len(lines)), [row if isinstance(row, str) else name_of(row.run) for row in lines])
-    for label, row in zip(low.get_yticklabels(), lines):
-        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    low.set_yticks(range(len(lines)), lines)
+    for label, row in zip(low.get_yticklabels(), lines.values()):
+        label.set_fontweight("normal" if row else "bold")
     low.tick_params(axis="y", length=0)
     high.tick_params(axis="y", left=False)
     low.spines.right.set_visible(False)
     high.spines.left.set_visible(False)
     low.set_xticks((0, 20, 40))
-    for place, row in enumerate(lines):
-        if not isinstance(row, str):
-            verdict = VERDICTS[row.inside] if row.results else "not trained"
-            if row.interval and row.interval[1] - row.interval[0] > 2 * WIDE:
-                verdict += ", but wide"
-            color = {"inside": "tab:green", "outside": "tab:red"}.get(verdict, "0.5")
+    for place, row in enumerate(lines.values()):
+        if row:
+            verdict, color = verdict_of(row)
             high.text(1.01, place, verdict, transform=high.get_yaxis_transform(), va="center", fontsize=9, color=color)
     figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.06)
-    handles = high.get_legend_handles_labels()
-    unique = dict(zip(handles[1], handles[0]))
-    figure.legend(
-        unique.values(), unique.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.89), ncols=2, frameon=False
-    )
+    handles, labels = high.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.89)}
+    figure.legend(unique.values(), unique.keys(), **place, ncols=2, frameon=False)
     return figure
+
+
+def heading_of(row: ReportRow) -> str:
+    part = "dropout" if row.run.startswith("dropout") else "augmentation"
+    return f"question {row.question[1:]}" + (f": {part}" if row.question == "q3" else "")
+
+
+def verdict_of(row: ReportRow) -> tuple[str, str]:
+    """In words, and its colour."""
+    if row.inside is None:
+        return "too few seeds" if row.results else "not trained", "0.5"
+    if row.half > WIDE:
+        return f"{'inside' if row.inside else 'outside'}, but wide", "0.5"
+    return ("inside", "tab:green") if row.inside else ("outside", "tab:red")
 
 
 def plot_row(axes, place: int, row: ReportRow) -> None:
     if row.interval:
-        width = row.interval[1] - row.interval[0]
         label = "where one more seed of ours would fall (95 %)"
-        axes.barh(place, width, 0.55, left=row.interval[0], color="tab:blue", alpha=0.22, linewidth=0, label=label)
-    alike = [measure(result, "alike") for result in row.results]
+        left = row.interval[0]
+        axes.barh(place, 2 * row.half, 0.55, left=left, color="tab:blue", alpha=0.22, linewidth=0, label=label)
+    alike = values(row.results, "alike")
     label = "ours, measured as the report does, a dot per seed"
     axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
+    style = {"markeredgewidth": 2}
     if row.results:
-        mean = np.mean([measure(result, "test") for result in row.results])
-        label = "ours, best weights, all 10,000 test images"
-        axes.plot(mean, place, "|", color="tab:orange", markersize=12, markeredgewidth=2, label=label)
-    label = "the report"
-    axes.plot(row.reported, place, "x", color="black", markersize=8, markeredgewidth=2, label=label)
+        label, test = "ours, best weights, all 10,000 test images", values(row.results, "test").mean()
+        axes.plot(test, place, "|", color="tab:orange", markersize=12, **style, label=label)
+    axes.plot(row.reported, place, "x", color="black", markersize=8, **style, label="the report")
 
 
 def plot_claims(claims: Sequence[dict]) -> Figure:
@@ -289,9 +287,7 @@ def plot_claims(claims: Sequence[dict]) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(places[-1] + 0.2, -1.3))
     axes.axis("off")
     axes.text(0.04, -1, "The report's claims", va="center", fontweight="bold")
-    key = ", ".join(
-        f"{MARKS[mark]} {mark}" for mark in ("holds", "reversed", "cannot be told", "not run", "for the eye")
-    )
+    key = ", ".join(f"{sign} {mark}" for mark, sign in MARKS.items() if mark != "one seed")
     axes.text(0.98, -1, f"each part by its 95 % interval: {key}", ha="right", va="center", fontsize=8, color="0.35")
     for claim, text, place in zip(claims, texts, places):
         axes.text(0.03, place, claim["number"], ha="right", va="top", fontsize=9, fontweight="bold")

@@ -7,9 +7,11 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.fft import dctn
@@ -59,8 +61,8 @@ class Result:
     def is_steady(self) -> bool:
         return self.settings["dropout"] < UNSTEADY_DROPOUT
 
-    def as_the_report_validates(self, curve: str) -> np.ndarray:
-        """A validation curve; on augmented images where training images are augmented, as in the report."""
+    def as_the_report(self, curve: str) -> np.ndarray:
+        """A curve; of validation on augmented images where training images are augmented, as in the report."""
         return self.curves.get(f"augmented_{curve}", self.curves[curve])
 
     def training(self) -> str:
@@ -79,18 +81,15 @@ def read_result(path: Path) -> Result:
         if path.stem != f"seed{found['seed']}":
             raise ValueError(f"it is of seed {found['seed']}")
         history, tests = found["history"], found["test"]
-        curves = {name: np.array([h[name] for h in history]) for name in history[0]}
-        values = np.concatenate([curve.astype(float, casting="safe") for curve in curves.values()])
-        accuracies = {
-            (weights, images): float(tests[weights][images]["accuracy"])
-            for weights in ("best", "last")
-            for images in ("report_images", "all_images")
-        }
-        if not np.isfinite([*values, *accuracies.values()]).all():
+        curves = {name: np.array([epoch[name] for epoch in history]) for name in history[0]}
+        accuracies = {}
+        for weights in ("best", "last"):
+            for images in ("report_images", "all_images"):
+                accuracies[weights, images] = float(tests[weights][images]["accuracy"])
+        if not all(np.isfinite(numbers).all() for numbers in [*curves.values(), *accuracies.values()]):
             raise ValueError("a number in it is not finite")
-        layers = [(row["layer"], row["type"], int(row["parameters"])) for row in found["parameters"]["layers"]]
         environments = [*found["earlier_environments"], found["environment"]]
-        if not layers or not all({"device", "precision", "torch", "from_epoch"} <= e.keys() for e in environments):
+        if not all({"device", "precision", "torch", "from_epoch"} <= here.keys() for here in environments):
             raise ValueError("it does not say where it was trained")
         return Result(
             path=path,
@@ -99,7 +98,7 @@ def read_result(path: Path) -> Result:
             seed=found["seed"],
             settings=Settings().as_dict() | found["settings"],  # newer ones were at their default
             environments=environments,
-            parameters={"trainable": int(found["parameters"]["trainable"]), "layers": found["parameters"]["layers"]},
+            parameters={name: found["parameters"][name] for name in ("trainable", "layers")},
             best_epoch=range(1, len(history) + 1)[found["best_epoch"] - 1],
             curves=curves,
             tests=accuracies,
@@ -138,25 +137,25 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
     replaced: names of files that are about to be. Raises UserError where results cannot be read, or where their
     settings are not those of their run.
     """
-    question, names, results = folder.name, [run.name for run in declared], {}
+    names, results = [run.name for run in declared], {}
     others = sorted(path.name for path in folder.glob("*/") if path.name not in names)
     for name in [*names, *others]:
-        found = [] if (folder / name).is_symlink() and not (folder / name).exists() else read_run(folder / name)
-        if found and (found[0].run, found[0].question) != (name, question):
-            tell(f"{folder / name} holds results of {found[0].question}'s {found[0].run}, a copy: not counted")
+        found = read_run(folder / name)
+        if not found:
             continue
-        if found:
-            results[name] = found
+        first = found[0]
+        if (first.question, first.run) != (folder.name, name):
+            tell(f"{folder / name} holds results of {first.question}'s {first.run}, a copy: not counted")
+            continue
+        if first.is_sample != sample:
+            where, data = "the sample's" if sample else "CIFAR-10's", first.settings["data"]
+            raise UserError(f"{first.path} has data {data!r}, and stands among {where} results: move it away")
+        results[name] = found
     for run in declared:
         settings = on_sample(run.settings) if sample else run.settings
         for result in results.get(run.name, ()):
             if result.path.name not in replaced:
-                require_same_settings(result, settings.as_dict(), f"the run {run.name} in {question}'s script")
-    for result in (result for found in results.values() for result in found):
-        if result.is_sample != sample:
-            where = "the sample's" if sample else "CIFAR-10's"
-            data = result.settings["data"]
-            raise UserError(f"{result.path} has data {data!r}, and stands among {where} results: move it away")
+                require_same_settings(result, settings.as_dict(), f"the run {run.name} in {folder.name}'s script")
     return results
 
 
@@ -181,28 +180,19 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
 
 @functools.cache
 def the_report() -> dict:
-    """What the report prints and what its figures show; it says in it how it was read. Raises UserError."""
-    path = HERE / "report.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found["numbers"]["q1"], found["figures"][0]["figure"]
-        return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}, a part of this repository, is missing or damaged: restore it with git") from error
-
-
-@functools.cache
-def report_filters() -> dict[str, np.ndarray]:
-    """First-layer filters of the report's Figures 2 ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero
-    is not printed: before training it is the middle of the range, as PyTorch draws them; after training it is taken to be
-    the mean. Raises UserError.
+    """Its "numbers", which it prints, and its "figures", which say how they were read; and the first-layer "filters" of
+    its Figures 2 ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero is not printed: before training
+    it is the middle of the range, as PyTorch draws them; after training it is taken to be the mean. Raises UserError.
     """
-    path = HERE / "filters.npz"
     try:
-        with np.load(path) as saved:
-            return {"before": saved["before"] - 127.5, "last": saved["after"] - saved["after"].mean()}
-    except Exception as error:  # a damaged file fails anywhere in zipfile, zlib or numpy
-        raise UserError(f"{path}, a part of this repository, is missing or damaged: restore it with git") from error
+        found = json.loads((HERE / "report.json").read_text(encoding="utf-8"))
+        with np.load(HERE / "filters.npz") as saved:
+            before, after = saved["before"], saved["after"]
+        filters = {"before": before - 127.5, "last": after - after.mean()}
+        return {"numbers": found["numbers"], "figures": found["figures"], "filters": filters}
+    except Exception as error:  # a damaged file fails anywhere in json, zipfile or numpy
+        what = "a part of this repository, is missing or damaged: restore it with git"
+        raise UserError(f"report.json or filters.npz in {HERE}, {what} ({error})") from error
 
 
 def reported(question: str, run: str) -> dict:
@@ -232,43 +222,44 @@ def curve_distance(figure: dict, results: Sequence[Result], curve: str) -> float
     """Mean absolute difference of a curve from the report's, over the epochs both have; mean over seeds."""
     if curve not in figure:
         return None
-    theirs = np.array(figure[curve])
     apart = []
     for result in results:
-        ours = result.as_the_report_validates(curve) if curve.startswith("validation") else result.curves[curve]
-        epochs = min(len(ours), len(theirs))
-        apart.append(np.abs(ours[:epochs] - theirs[:epochs]).mean())
+        epochs = min(result.epochs, len(figure[curve]))
+        apart.append(np.abs(result.as_the_report(curve)[:epochs] - figure[curve][:epochs]).mean())
     return float(np.mean(apart))
 
 
 # ---------------------------------------------------------------------------------------------------------- measures
 
+
+def gap(result: Result) -> float:
+    """Validation loss - training loss in the last epoch, augmented alike."""
+    return result.as_the_report("validation_loss")[-1] - result.curves["train_loss"][-1]
+
+
+def rise(result: Result) -> float:
+    """Percent by which the validation loss ends above its lowest value."""
+    loss = result.as_the_report("validation_loss")
+    return 100 * (loss[-1] / loss.min() - 1)
+
+
+MEASURES = {  # numbers of one training
+    "test": lambda result: result.tests[result.weights, "all_images"],
+    "alike": lambda result: result.tests["last", "report_images"],  # as the report tests
+    "validation": lambda result: result.curves["validation_accuracy"][result.best_epoch - 1],
+    "alike_validation": lambda result: result.as_the_report("validation_accuracy").max(),
+    "restored": lambda result: result.tests["best", "all_images"] - result.tests["last", "all_images"],
+    "easier": lambda result: result.tests["last", "report_images"] - result.tests["last", "all_images"],
+    "gap": gap,
+    "narrowness": lambda result: -abs(gap(result)),  # how near to zero the gap is
+    "rise": rise,
+}
 DIGITS = {"gap": 3, "narrowness": 3}  # that tables print; 2 of all others
 UNITS = {"gap": "in loss", "narrowness": "in loss", "rise": "%"}  # points of accuracy of all others
 
 
 def measure(result: Result, what: str) -> float:
-    """One number of a training:
-
-    test         accuracy of the result's weights on all test images
-    alike        that of the last weights on the first 1,000, as the report tests
-    validation   best validation accuracy
-    alike_validation  on augmented images where training images are augmented, as the report validates
-    gap          validation loss - training loss in the last epoch, augmented alike
-    narrowness   how near to zero that is: -|gap|
-    rise         percent by which the validation loss ends above its lowest value
-    """
-    if what == "test":
-        return result.tests[result.weights, "all_images"]
-    if what == "alike":
-        return result.tests["last", "report_images"]
-    if what == "validation":
-        return float(result.curves["validation_accuracy"][result.best_epoch - 1])
-    if what == "alike_validation":
-        return float(result.as_the_report_validates("validation_accuracy").max())
-    loss = result.as_the_report_validates("validation_loss")
-    gap = float(loss[-1] - result.curves["train_loss"][-1])
-    return {"gap": gap, "narrowness": -abs(gap), "rise": 100 * float(loss[-1] / loss.min() - 1)}[what]
+    return float(MEASURES[what](result))
 
 
 def values(results: Sequence[Result], what: str) -> np.ndarray:
@@ -284,8 +275,7 @@ def mean(results: Sequence[Result], what: str) -> float:
 # ------------------------------------------------------------------------------------------------------------- noise
 
 
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """How far seeds lie apart: a standard deviation and its degrees of freedom."""
 
     deviation: float
@@ -296,11 +286,11 @@ class Noise:
         return float(t.ppf(0.975, self.df)) * self.deviation * math.sqrt(factor)
 
 
-def pooled(groups: Iterable[Sequence[float]]) -> Noise | None:
+def pooled(groups: Iterable[np.ndarray]) -> Noise | None:
     """Over groups of equal variance; None where none has several values."""
-    groups = [np.asarray(group, float) for group in groups]
+    groups = list(groups)
     df = sum(len(group) - 1 for group in groups)
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+    squares = sum(len(group) * np.var(group) for group in groups)
     return Noise(math.sqrt(squares / df), df) if df else None
 
 
@@ -316,8 +306,7 @@ def steady_noise(runs: Iterable[Sequence[Result]], what: str, by_epochs: bool = 
     return pooled(values(results, what) for results in trainings.values())
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Between two runs, and half of its 95 % interval; None where nothing tells how far seeds lie apart."""
 
     value: float
@@ -330,17 +319,15 @@ def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise:
     """
     value = round(mean(one, what) - mean(other, what), DIGITS.get(what, 2))
     ours, theirs = values(one, what), values(other, what)
-    half = None
+    factor = 1 / len(ours) + 1 / len(theirs)
     if one[0].training() == other[0].training() and [r.seed for r in one] == [r.seed for r in other]:
-        own = pooled([ours - theirs])
-        half = own.half(1 / len(ours)) if own else None
+        noise, factor = pooled([ours - theirs]), 1 / len(ours)
     elif not (one[0].is_steady and other[0].is_steady):
-        if min(len(ours), len(theirs)) > 1:
-            low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-            half = float(high - low) / 2
-    elif noise:
-        half = noise.half(1 / len(ours) + 1 / len(theirs))
-    return Difference(value, half)
+        if min(len(ours), len(theirs)) == 1:
+            return Difference(value, None)
+        low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+        return Difference(value, float(high - low) / 2)
+    return Difference(value, noise.half(factor) if noise else None)
 
 
 def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> tuple[float, float] | None:
@@ -350,8 +337,10 @@ def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> tuple
     own = values(results, what)
     if not results[0].is_steady:
         noise = pooled([own]) if len(own) > 2 else None
-    half = noise.half(1 + 1 / len(own)) if noise else None
-    return None if half is None else (float(own.mean()) - half, float(own.mean()) + half)
+    if noise is None:
+        return None
+    half = noise.half(1 + 1 / len(own))
+    return float(own.mean()) - half, float(own.mean()) + half
 
 
 @dataclass(frozen=True)
@@ -362,67 +351,67 @@ class ReportRow:
     run: str
     reported: float
     results: list[Result]
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None  # where one more seed of ours would fall; None where nothing tells
+
+    @property
+    def half(self) -> float:
+        """Of the interval."""
+        return (self.interval[1] - self.interval[0]) / 2
 
     @property
     def inside(self) -> bool | None:
-        """Could the report's number be one more seed of ours? None where nothing tells."""
+        """Could the report's number be one more seed of ours?"""
         return None if self.interval is None else self.interval[0] <= self.reported <= self.interval[1]
+
+
+def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:
+    """Over all steady runs of a network, of the accuracy as the report tests."""
+    of_it = [results for results in runs if results and results[0].settings["network"] == network]
+    return steady_noise(of_it, "alike", by_epochs=False)
 
 
 def report_rows(root: Path) -> list[ReportRow]:
     """In the report's order, every training once: question 2 prints question 1's again."""
-    numbers = {
-        (q, run): row["test"]
-        for q, rows in the_report()["numbers"].items()
-        for run, row in rows.items()
-        if "test" in row
-    }
-    del numbers["q2", "convnet"]
-    found = {(q, run): read_run(root / q / run) for q, run in numbers}
-    noise = {}
-    for network in {results[0].settings["network"] for results in found.values() if results}:
-        of_it = [results for results in found.values() if results and results[0].settings["network"] == network]
-        noise[network] = steady_noise(of_it, "alike", by_epochs=False)
+    found = {}
+    for question, runs in the_report()["numbers"].items():
+        for run, printed in runs.items():
+            if "test" in printed and (question, run) != ("q2", "convnet"):
+                found[question, run] = read_run(root / question / run)
+    noise = {network: noise_alike(found.values(), network) for network in ("ConvNet", "VGG11")}
     rows = []
     for (question, run), results in found.items():
         interval = one_more(results, "alike", noise[results[0].settings["network"]]) if results else None
-        rows.append(ReportRow(question, run, numbers[question, run], results, interval))
+        rows.append(ReportRow(question, run, reported(question, run)["test"], results, interval))
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- names
 
-NAMES = {
-    "convnet": "ConvNet",
-    "baseline": "baseline (30 epochs)",
-    "baseline_20": "baseline (20 epochs)",
-    "batchnorm": "batch norm",
-    "convnet_patience5": "ConvNet (patience 5)",
-    "batchnorm_patience5": "batch norm (patience 5)",
-    "batchnorm_patience7": "batch norm (patience 7)",
-    "convnet_full": "ConvNet (50 epochs)",
-    "batchnorm_full": "batch norm (50 epochs)",
-    "color_jitter": "colour jitter",
-    "scratch": "VGG11_bn from scratch",
+NAMES = {  # what stands in a run's name -> what people read, one after the other
+    "^convnet": "ConvNet",
+    "^batchnorm": "batch norm",
+    r"_patience(\d+)$": r" (patience \1)",
+    "_full$": " (50 epochs)",
+    "^baseline$": "baseline (30 epochs)",
+    "^baseline_20$": "baseline (20 epochs)",
+    "^flip_p": "flip ",
+    "^color_jitter$": "colour jitter",
+    "^dropout_after_pool_(.*)": r"dropout \1 after the pooling",
+    "^frozen_train_mode_": "frozen in training mode on ",
+    "^frozen_": "frozen on ",
+    "^finetune_": "fine-tuned on ",
+    " on imagenet$": " on ImageNet's features",
+    r" on \S*tinyimagenet\S*$": " on Tiny-ImageNet's features (a stand-in)",  # a page's footnote says which
+    r" on \S+$": " on other features (a stand-in)",
+    "_no_": " without ",
 }
-PARTS = {"frozen_train_mode": "frozen in training mode", "finetune": "fine-tuned", "frozen": "frozen"}
 
 
 def name_of(run: str) -> str:
-    """A run's name for people. Weights that are named by file and hash are a stand-in; a page's footnote says which."""
-    if run in NAMES:
-        return NAMES[run]
-    for part, name in PARTS.items():
-        if run.startswith(f"{part}_"):
-            source = run.removeprefix(f"{part}_")
-            if source == "imagenet":
-                return f"{name} on ImageNet's features"
-            known = "Tiny-ImageNet's" if "tinyimagenet" in source else "other"
-            return f"{name} on {known} features (a stand-in)"
-    if run.startswith("dropout_after_pool_"):
-        return f"dropout {run.removeprefix('dropout_after_pool_')} after the pooling"
-    name = run.replace("flip_p", "flip ").replace("_no_", " without ")
-    if run.startswith("crop_"):
-        return name.replace("_", " + ")
-    return name.replace("_", " ")
+    """A run's name for people."""
+    if run == "scratch":
+        return "VGG11_bn from scratch"
+    name = run
+    for pattern, words in NAMES.items():
+        name = re.sub(pattern, words, name)
+    return name.replace("_", " + " if run.startswith("crop_") else " ")

@@ -118,29 +118,20 @@ def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path, monkeypat
     assert len(both) == 2 and [path.name[:6] for path in tmp_path.iterdir()] == [".b.pt."]
 
 
-def test_a_lock_waits_until_another_process_is_killed_and_says_so_every_ten_minutes(tmp_path, monkeypatch):
-    path, told, timeouts, acquire = tmp_path / "lock", [], [], machine.FileLock.acquire
+def test_a_lock_waits_until_another_process_is_killed_and_says_so(tmp_path, monkeypatch):
+    path, told = tmp_path / "lock", []
     script = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print(flush=True), sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def tell(line):
         told.append(line)
-        if len(told) == 3:
-            other.kill()
-            other.wait()
-
-    def acquire_at_once(lock, timeout):
-        timeouts.append(timeout)
-        return acquire(lock, timeout=0)
+        other.kill()
 
     monkeypatch.setattr(machine, "tell", tell)
-    monkeypatch.setattr(machine.FileLock, "acquire", acquire_at_once)
     with other:
         other.stdout.readline()
         with file_lock(path):
-            assert timeouts == [0, 600, 600, 600]
-    assert all(str(path) in line for line in told)
-    assert ["10 minutes" in line for line in told] == [False, True, False]
+            assert len(told) == 1 and str(path) in told[0]
 
 
 def test_locks_in_a_shared_folder(tmp_path):
@@ -160,8 +151,6 @@ def test_a_reader_that_goes_away_and_a_full_disk_end_the_printing_alone(monkeypa
             monkeypatch.setattr(sys, "stderr", stream)
             machine.say("nobody hears this", error=True)
             machine.say("nor this", error=True)
-    monkeypatch.setattr(sys, "stderr", None)  # closed from the start
-    machine.say("nor this", error=True)
 
 
 def test_options_are_written_out():

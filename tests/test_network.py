@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import ConvNet, all_parameters, count_parameters, describe, filter_grid, filter_tile, visualize_filters
+from common import ConvNet, all_parameters, count_parameters, describe, visualize_filters
 
 
 def test_parameter_counts_are_the_reports():
@@ -53,24 +53,18 @@ def test_linear_layers_start_as_the_exercise_says():
     assert abs(classifier.weight.std().item() / 1e-3 - 1) < 5 / math.sqrt(2 * 5_120)
 
 
-def test_filter_grid_puts_every_filter_under_its_number():
-    """Row by row, 16 to a row, for filters of 3 x 3 and others."""
+def test_every_filter_stands_under_its_number():
+    """Row by row, 16 to a row, for filters of 3 x 3 and others; every panel on the one scale."""
     for size in (3, 5):
-        weight = np.random.default_rng(0).uniform(-0.2, 0.2, (40, 3, size, size))
-        grid = filter_grid(weight, scale=0.2)
-        tiles = [filter_tile(number, size) for number in range(1, 41)]
-        assert tiles == sorted(tiles) and [y for y, _ in tiles].count(tiles[0][0]) == 16
-        assert tiles[36] == (tiles[32][0], tiles[4][1])  # filter 37: the third row, the fifth column
-        for kernel, (y, x) in zip(weight, tiles):
-            shown = grid[y : y + 8 * size : 8, x : x + 8 * size : 8].transpose(2, 0, 1)  # one of every 8 x 8 pixels
-            np.testing.assert_allclose(shown, 0.5 + kernel / 0.4)
-            assert (grid[y - 8 : y, x : x + 8 * size] == 1).all()  # room for its number
-
-
-def test_panels_of_filters_share_one_scale():
-    before, after = np.full((32, 3, 3, 3), 0.1), np.full((32, 3, 3, 3), 0.4)
-    panels = visualize_filters({"before": before, "after": after}, "heading", scale=0.4).axes
-    shown = [axes.images[0].get_array()[filter_tile(1, 3)] for axes in panels]
-    np.testing.assert_allclose(shown, [[0.5 + 0.1 / 0.8] * 3, [1.0] * 3])
-    for axes in panels:
-        assert [text.get_text() for text in axes.texts] == [str(number) for number in range(1, 33)]
+        weight = np.random.default_rng(0).uniform(-0.2, 0.2, (40, 3, size, size)).astype(np.float32)
+        panels = visualize_filters({"before": weight, "after": 4 * weight}, "heading", scale=0.4).axes
+        for axes, shown in zip(panels, (weight, 4 * weight), strict=True):
+            grid = axes.images[0].get_array()
+            assert [text.get_text() for text in axes.texts] == [str(number) for number in range(1, 41)]
+            places = [tuple(math.ceil(p) for p in text.get_position()) for text in axes.texts]  # x, y of a pixel
+            assert places == sorted(places, key=lambda place: place[::-1])
+            assert [y for _, y in places].count(places[0][1]) == 16
+            for kernel, (x, y) in zip(shown, places):
+                tile = grid[y : y + size, x : x + size].transpose(2, 0, 1)
+                np.testing.assert_allclose(tile, np.clip(0.5 + kernel / 0.8, 0, 1), rtol=1e-6)
+                assert (grid[y - 2 : y, x : x + size] == 1).all()  # room for its number

@@ -142,9 +142,9 @@ def test_the_committed_pages_are_what_the_results_give():
         if claims:
             assert json.loads((COMMITTED / question.name / "claims.json").read_text())["claims"] == claims
         page = (COMMITTED / question.name / "README.md").read_text()
-        for row in report.page.run_table(question, own, False, results):
+        for row in report.page.run_table(question, results, False):
             assert f"| {' | '.join(row)} |" in page
-        assert report.page.question_page(question, own, own, claims, {}, args)["findings"] in page
+        assert report.page.question_content(question, results, args)["findings"] in page
     for page in [ROOT / "README.md", COMMITTED / "README.md", *COMMITTED.glob("q*/README.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert re.match("https?:", target) or (page.parent / unquote(target)).exists(), (page, target)
@@ -233,7 +233,7 @@ def test_results_trained_by_parts_of_a_batch_and_stand_ins_are_named(tmp_path):
     args = argparse.Namespace(output_dir=tmp_path, sample=False)
     found = make("batchnorm", question="q2", batch_norm=True, weights="a.pth sha256:0123abcd")
     found.environments[0]["batch_norm"] = "over each process's part of the batch"
-    content = report.page.question_page(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, {}, [], {}, args)
+    content = report.page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, args)
     assert content["by_parts"] == ["batch norm"] and content["stand_ins"] == ["a.pth sha256:0123abcd"]
 
 

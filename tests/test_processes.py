@@ -118,10 +118,10 @@ def test_parts_of_a_batch_cover_it_once(monkeypatch):
 
 
 def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch):
-    monkeypatch.setattr(machine, "world_size", lambda: 2)
+    monkeypatch.setattr(common, "world_size", lambda: 2)
     for batch_norm, device, recorded in ((True, "cpu", True), (False, "cpu", False), (True, "cuda", False)):
         state = {"history": [{}], "environments": []}
-        monkeypatch.setattr(common, "environment", lambda *_: {"device": "x"})
+        monkeypatch.setattr(machine, "environment", lambda *_: {"device": "x"})
         common.note_environment(state, common.ConvNet(batch_norm), torch.device(device), "fp32")
         assert ("batch_norm" in state["environments"][0]) == recorded
 
