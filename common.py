@@ -158,6 +158,10 @@ def find_data_dir(option: Path | None = None) -> Path:
     if os.path.lexists(path) and not path.is_dir():
         what = "a file" if path.is_file() else "a link that leads nowhere"
         raise UserError(f"the data folder {str(path)!r} is {what}, not a folder: {DATA_ADVICE}")
+    if str(path) != str(path).strip() and not path.exists():
+        raise UserError(
+            f"the data folder {str(path)!r} is not there; its name begins or ends in a blank: {DATA_ADVICE}"
+        )
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 

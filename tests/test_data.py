@@ -114,7 +114,7 @@ def test_the_data_dir_is_the_options_or_the_environments_or_the_default(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("file", "a file"), ("dangling", "a link"), ("loop", "a link"), ("data ", "not readable")]
+    ("name", "what"), [("file", "a file"), ("dangling", "a link"), ("loop", "a link"), ("data ", "in a blank")]
 )
 def test_the_environment_names_no_folder(monkeypatch, no_network, tmp_path, name, what):
     """The path is quoted, so that a blank at its end shows."""
