@@ -112,12 +112,22 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from error
 
 
-def read_run(folder: Path) -> list[Result]:
-    """A run's results, one per seed. Raises UserError where one is damaged or they disagree in a setting."""
+def read_run(folder: Path, sample: bool = False) -> list[Result]:
+    """A run's results, one per seed; none where the folder is a copy of another run's.
+
+    Raises UserError where one is damaged, where they disagree in a setting, or where some are of the sample and should
+    not be (`sample`), or the other way round.
+    """
     paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
     found = sorted((read_result(path) for path in paths), key=lambda result: result.seed)
-    for other in found[1:]:
-        require_same_settings(other, found[0].settings, found[0].path)
+    for result in found:
+        if (result.question, result.run) != (folder.parent.name, folder.name):
+            tell(f"{folder} holds results of {result.question}'s {result.run}, a copy: not counted")
+            return []
+        if result.is_sample != sample:
+            where, data = "the sample's" if sample else "CIFAR-10's", result.settings["data"]
+            raise UserError(f"{result.path} has data {data!r}, and stands among {where} results: move it away")
+        require_same_settings(result, found[0].settings, found[0].path)
     return found
 
 
@@ -140,17 +150,8 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
     names, results = [run.name for run in declared], {}
     others = sorted(path.name for path in folder.glob("*/") if path.name not in names)
     for name in [*names, *others]:
-        found = read_run(folder / name)
-        if not found:
-            continue
-        first = found[0]
-        if (first.question, first.run) != (folder.name, name):
-            tell(f"{folder / name} holds results of {first.question}'s {first.run}, a copy: not counted")
-            continue
-        if first.is_sample != sample:
-            where, data = "the sample's" if sample else "CIFAR-10's", first.settings["data"]
-            raise UserError(f"{first.path} has data {data!r}, and stands among {where} results: move it away")
-        results[name] = found
+        if found := read_run(folder / name, sample):
+            results[name] = found
     for run in declared:
         settings = on_sample(run.settings) if sample else run.settings
         for result in results.get(run.name, ()):

@@ -95,7 +95,7 @@ def check_report(question: Question, args: argparse.Namespace) -> None:
     for result in chain.from_iterable(read_question(folder, question.runs, args.sample, replaced).values()):
         if result.path.name not in replaced:
             read_arrays(result)
-    read_beside(root, question)
+    read_beside(root, question, args.sample)
     if not args.sample:
         report_rows(root)
         read_claims(root)
@@ -137,7 +137,7 @@ def write_report(question: Question, args: argparse.Namespace, anew: bool = Fals
     folder = root / question.name
     with file_lock(root / ".page.lock"), plain_style():
         own = read_question(folder, question.runs, args.sample)
-        results = own | read_beside(root, question)
+        results = own | read_beside(root, question, args.sample)
         for found in own.values():
             draw_run(found, args.figures, anew)
         drawings = question.figures(results) if own else {}
@@ -154,8 +154,8 @@ def write_report(question: Question, args: argparse.Namespace, anew: bool = Fals
     return results, claims
 
 
-def read_beside(root: Path, question: Question) -> Results:
-    found = {path.split("/")[1]: read_run(root / path) for path in question.beside}
+def read_beside(root: Path, question: Question, sample: bool = False) -> Results:
+    found = {path.split("/")[1]: read_run(root / path, sample) for path in question.beside}
     return {run: results for run, results in found.items() if results}
 
 
@@ -391,9 +391,7 @@ def habits(root: Path) -> dict:
     for question in the_report()["numbers"]:
         for path in sorted(root.glob(f"{question}/*/")):
             found = read_run(path)
-            if not found or found[0].run != path.name:  # a copy
-                continue
-            if question == "q3":
+            if question == "q3" and found:
                 q3[path.name] = found
             for result in found:
                 if result.settings["patience"]:
