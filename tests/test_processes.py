@@ -124,10 +124,3 @@ def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch):
         monkeypatch.setattr(machine, "environment", lambda *_: {"device": "x"})
         common.note_environment(state, common.ConvNet(batch_norm), torch.device(device), "fp32")
         assert ("batch_norm" in state["environments"][0]) == recorded
-
-
-def test_an_error_of_all_processes_ends_them(tmp_path):
-    (tmp_path / "checkpoints").write_text("in the way of the folder")
-    process = start("--epochs=1", *folders(tmp_path), processes=2)
-    _, err = process.communicate()
-    assert process.returncode != 0 and "cannot write to" in err
