@@ -28,9 +28,9 @@ def better(run: str, *others: str, on: str = "test") -> Part:
     return Part(run, others, on)
 
 
-def about_equal(run: str, other: str, margin: float, on: str = "test") -> Part:
+def about_equal(run: str, other: str, margin: float) -> Part:
     """Within `margin` points of each other: so is the whole interval."""
-    return Part(run, (other,), on, (-margin, margin))
+    return Part(run, (other,), zone=(-margin, margin))
 
 
 def narrowest_gap(run: str, *others: str) -> Part:
