@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -149,45 +148,21 @@ class Split:
         return images.contiguous(memory_format=torch.channels_last), self.labels[mine]
 
 
-DATA_ADVICE = f"put {CIFAR10.base_folder}/ there, point --data-dir or CIFAR10_DIR to its parent folder, or use --sample"
-
-
 def find_data_dir(option: Path | None = None) -> Path:
-    """--data-dir, else $CIFAR10_DIR, else data/; they may name the folder inside. UserError where that is no folder."""
+    """--data-dir, else $CIFAR10_DIR, else data/; they may name the folder inside."""
     path = option or machine.expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
-    if os.path.lexists(path) and not path.is_dir():
-        what = "a file" if path.is_file() else "a link that leads nowhere"
-        raise UserError(f"the data folder {str(path)!r} is {what}, not a folder: {DATA_ADVICE}")
-    if str(path) != str(path).strip() and not path.exists():
-        raise UserError(
-            f"the data folder {str(path)!r} is not there; its name begins or ends in a blank: {DATA_ADVICE}"
-        )
     return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
 
 
-def cifar10_problem(data_dir: Path) -> str | None:
-    """Which of the official files are missing or damaged; torchvision does not look for batches.meta."""
-    files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
-    here = data_dir / CIFAR10.base_folder
-    wrong = [name for name, md5 in files.items() if not check_integrity(str(here / name), md5)]
-    return f"{here}: {', '.join(wrong)} missing or damaged (another MD5)" if wrong else None
-
-
-def fetch_cifar10(data_dir: Path) -> None:
-    """Download and unpack what is missing. Raises UserError where there are files that are not ours to overwrite."""
-    if (problem := cifar10_problem(data_dir)) is None:
-        return
-    if data_dir.is_dir() and not os.access(data_dir, os.W_OK):
-        raise UserError(f"{problem}, and {data_dir} is read-only: {DATA_ADVICE}")
-    with file_lock(data_dir / ".download.lock"):
-        problem = cifar10_problem(data_dir)  # another process may have downloaded it meanwhile
-        archive, here = data_dir / CIFAR10.filename, data_dir / CIFAR10.base_folder
-        if problem and check_integrity(str(archive), CIFAR10.tgz_md5):
-            extract_archive(str(archive), str(data_dir))
-        elif problem and here.is_dir() and any(here.iterdir()):
-            raise UserError(f"{problem}: delete the folder and run again to download CIFAR-10 anew")
-        elif problem:
-            CIFAR10(data_dir, download=True)
+def open_cifar10(data_dir: Path) -> list[CIFAR10]:
+    """Training and test part; torchvision verifies the files, and downloads them where there are none."""
+    try:
+        return [CIFAR10(data_dir, train=train) for train in (True, False)]
+    except RuntimeError:  # missing or damaged
+        with file_lock(data_dir / ".download.lock"):  # another process may be downloading it
+            here = data_dir / CIFAR10.base_folder
+            missing = not here.is_dir() or not any(here.iterdir())
+            return [CIFAR10(data_dir, train=train, download=missing) for train in (True, False)]
 
 
 def load_cifar10(data_dir: Path) -> dict[str, Split]:
@@ -196,11 +171,13 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     Raises UserError where the files are damaged, or missing and not to be had.
     """
     try:
-        fetch_cifar10(data_dir)
-        parts = [CIFAR10(data_dir, train=train) for train in (True, False)]
+        parts = open_cifar10(data_dir)
     except (OSError, RuntimeError) as error:
-        reason = f"CIFAR-10 is not readable in {str(data_dir)!r} and could not be downloaded ({error})"
-        raise UserError(f"{reason}: {DATA_ADVICE}") from error
+        advice = f"put {CIFAR10.base_folder}/ there (delete it where it is damaged: it is downloaded anew)"
+        raise UserError(
+            f"no CIFAR-10 in {str(data_dir)!r} ({machine.first_line(error)}): {advice}, "
+            "point --data-dir or CIFAR10_DIR to its parent folder, or use --sample"
+        ) from error
     images, test_images = (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous() for p in parts)
     labels, test_labels = (torch.tensor(p.targets) for p in parts)
     return {
@@ -609,21 +586,23 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(bad)
         state = torch.load(path, weights_only=True, map_location="cpu")
-        parts = {"network", "environments", "history", "step_losses", "predictions", "filters", "best", "optimizer"}
-        if missing := parts - state.keys():
-            raise KeyError(*missing)
-        asked, sizes = settings.shaping(), {k: v.shape for k, v in state["model"].items()}
-        different = [k for k in asked | state["settings"] if state["settings"].get(k) != asked.get(k)]
-        logits = state.get("first_logits", first)
-        spread = (first - first.mean(0)).norm()  # over images; rounding moves the logits by 1 / 10,000 of it
-        same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread
+        old, asked = state["settings"], settings.shaping()
+        different = [name for name in old | asked if old.get(name) != asked.get(name)]
+        shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
+        same_network = state["network"] == str(model) and shapes == expected
+        logits, spread = state.get("first_logits", first), (first - first.mean(0)).norm()
+        same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread  # rounding: 0.0001
+        [
+            state[name]
+            for name in ("environments", "history", "step_losses", "predictions", "filters", "best", "optimizer")
+        ]
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
         raise UserError(f"the checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
     if different:
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
-    if state["network"] != str(model) or sizes != {k: v.shape for k, v in model.state_dict().items()}:
+    if not same_network:
         raise UserError(f"the checkpoint {path} is of another network than the code builds now; {advice}")
     if not same_code:
         what = "the network's forward pass or initialisation, the order of images, or an augmentation"

@@ -8,12 +8,10 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,15 +36,8 @@ def choose_device(name: str) -> torch.device:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, there in available.items() if there]
-    if name == "auto":
-        name = kinds[0]
-    launched = torch.distributed.is_torchelastic_launched()
-    if launched and (name == "mps" or name.startswith("cuda:")):
-        raise UserError(f"torchrun gives every process a GPU of its own or none: --device cuda or cpu, not {name}")
-    if name == "cuda" and launched:
-        processes_here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if processes_here > gpus:
-            raise UserError(f"torchrun: {processes_here} processes for {gpus} GPUs")
+    name = kinds[0] if name == "auto" else name
+    if name == "cuda" and torch.distributed.is_torchelastic_launched():  # a GPU for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -188,9 +179,9 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 def expand(text: str) -> Path:
-    """Type of options that name a path; a shell leaves ~ alone after "=". UserError where it is empty, or no home's."""
-    if not text:
-        raise UserError("a path on the command line is empty (an unset variable?)")
+    """Type of options that name a path; a shell leaves ~ alone after "=". Raises UserError for what is none."""
+    if not text or text != text.strip():
+        raise UserError(f"{text!r} is no path: it is empty (an unset variable?), or begins or ends in a blank")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -316,19 +307,15 @@ def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a character
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours to set
-            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-            stack.callback(signal.signal, signal.SIGTERM, before)
-        try:
-            args = parser.parse_args(argv)
-            device = choose_device(args.device)
-            with processes(device):
-                yield args, device
-        except (Exception, KeyboardInterrupt) as error:
-            if (explained := explain(error)) is None:
-                raise
-            line, code = explained
-            who = f"{parser.prog}, process {os.environ['RANK']}" if "RANK" in os.environ else parser.prog
-            say(f"{who}: {line}", error=True)
-            raise SystemExit(code) from None
+    try:
+        args = parser.parse_args(argv)
+        device = choose_device(args.device)
+        with processes(device):
+            yield args, device
+    except (Exception, KeyboardInterrupt) as error:
+        if (explained := explain(error)) is None:
+            raise
+        line, code = explained
+        who = f"{parser.prog}, process {os.environ['RANK']}" if "RANK" in os.environ else parser.prog
+        say(f"{who}: {line}", error=True)
+        raise SystemExit(code) from None

@@ -160,6 +160,12 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
     return results
 
 
+def read_beside(root: Path, paths: Sequence[str], sample: bool) -> Results:
+    """Runs of other questions: "q1/convnet"."""
+    found = {path.split("/")[1]: read_run(root / path, sample) for path in paths}
+    return {run: results for run, results in found.items() if results}
+
+
 def read_arrays(result: Result) -> dict[str, np.ndarray]:
     """Beside a result: the first layer's filters `before` training and at the `last` epoch, [C_out, 3, K, K], and
     `step_losses` [epochs, steps]. Raises UserError where it is missing, damaged, or of another training.

@@ -12,47 +12,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import jinja2
 import numpy as np
 
 from common import ROOT, Run, output_folder, seeds_of
 from parts.machine import UserError, file_lock, rank, require_writable, say, tell
+from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
-from report.figures import (
-    MADE_BY,
-    RUN_FIGURES,
-    Figure,
-    draw_run,
-    plain_style,
-    plot_claims,
-    plot_overview,
-    require_ours,
-    save_figure,
-    write_ours,
-)
-from report.numbers import (
-    HERE,
-    Noise,
-    Result,
-    Results,
-    curve_distance,
-    difference,
-    figures_of,
-    mean,
-    name_of,
-    noise_alike,
-    read_arrays,
-    read_question,
-    read_run,
-    report_rows,
-    reported,
-    smoothness,
-    steady_noise,
-    the_report,
-    values,
-)
+from report.figures import MADE_BY, RUN_FIGURES, Figure, require_ours, save_figure
+from report.numbers import Noise, Result, Results, difference, mean, name_of, values
 
 
 @dataclass(frozen=True)
@@ -79,25 +48,20 @@ def check_report(question: Question, args: argparse.Namespace) -> None:
     """Before the training: what would fail after it. Raises UserError."""
     if args.list:
         return
-    the_report()
+    numbers.the_report()
     root = output_folder(args)
     folder = root / question.name
-    pages = [
-        root / "README.md",
-        root / "overview.png",
-        root / "claims.png",
-        folder / "README.md",
-        folder / "claims.json",
-    ]
-    for path in [*pages, *(folder / run.name / f"{name}.png" for run in question.runs for name in RUN_FIGURES)]:
+    written = [root / name for name in ("README.md", "overview.png", "claims.png")]
+    written += [folder / name for name in ("README.md", "claims.json")]
+    for path in [*written, *(folder / run.name / f"{name}.png" for run in question.runs for name in RUN_FIGURES)]:
         require_ours(path)
     replaced = set() if args.replot else {f"seed{seed}.json" for seed in seeds_of(args)}
-    for result in chain.from_iterable(read_question(folder, question.runs, args.sample, replaced).values()):
+    for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
         if result.path.name not in replaced:
-            read_arrays(result)
-    read_beside(root, question, args.sample)
+            numbers.read_arrays(result)
+    numbers.read_beside(root, question.beside, args.sample)
     if not args.sample:
-        report_rows(root)
+        numbers.report_rows(root)
         read_claims(root)
     for path in (root, folder):
         require_writable(path)
@@ -135,40 +99,33 @@ def write_report(question: Question, args: argparse.Namespace, anew: bool = Fals
     """
     root = output_folder(args)
     folder = root / question.name
-    with file_lock(root / ".page.lock"), plain_style():
-        own = read_question(folder, question.runs, args.sample)
-        results = own | read_beside(root, question, args.sample)
+    with file_lock(root / ".page.lock"), figures.plain_style():
+        own = numbers.read_question(folder, question.runs, args.sample)
+        results = own | numbers.read_beside(root, question.beside, args.sample)
         for found in own.values():
-            draw_run(found, args.figures, anew)
+            figures.draw_run(found, args.figures, anew)
         drawings = question.figures(results) if own else {}
         for name, figure in drawings.items():
             save_figure(figure, folder / name, args.figures)
         claims = [] if args.sample else judge_claims(question.claims, results)
         if claims:
             content = {"made_by": MADE_BY, "claims": claims}
-            write_ours(folder / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
-        figures = list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES]
-        content = question_content(question, results, args) | {"claims": claims, "figures": figures}
+            figures.write_ours(folder / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
+        shown = list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES]
+        content = question_content(question, results, args) | {"claims": claims, "figures": shown}
         write_page(folder / "README.md", "question.md.jinja", content)
         write_overview(root, args)
     return results, claims
 
 
-def read_beside(root: Path, question: Question, sample: bool = False) -> Results:
-    found = {path.split("/")[1]: read_run(root / path, sample) for path in question.beside}
-    return {run: results for run, results in found.items() if results}
-
-
-def write_page(path: Path, template: str, content: dict) -> None:
+def write_page(path, template: str, content: dict) -> None:
     """Of a template; blank lines that blocks leave behind are dropped."""
-    loader = jinja2.FileSystemLoader(HERE)
-    environment = jinja2.Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    loader, options = jinja2.FileSystemLoader(numbers.HERE), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     for function in (distance, in_words, interval_in_words, name_of, values, with_deviation, np.median):
         environment.globals[function.__name__] = function
     text = environment.get_template(template).render(**content, MADE_BY=MADE_BY, MARKS=MARKS)
-    write_ours(path, (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode())
+    figures.write_ours(path, (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode())
 
 
 def in_words(value: float, half: float | None = None, digits: int = 2) -> str:
@@ -198,18 +155,18 @@ def question_content(question: Question, results: Results, args: argparse.Namesp
     findings = output_folder(args) / question.name / "findings.md"
     own = own_results(question, results)
     weights = {found[0].settings["weights"] for found in own.values()}
-    by_parts = {result.run for result in chain(*own.values()) if any("batch_norm" in e for e in result.environments)}
+    by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     return {
         "question": question,
         "sample": args.sample,
         "findings": findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         "own": own,
         "table": run_table(question, results, args.sample),
-        "report_figures": [f for f in the_report()["figures"] if f["question"] == question.name],
+        "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
-        "noise": steady_noise(results.values(), "test"),
-        "by_parts": [name_of(run) for run in own if run in by_parts],
+        "noise": numbers.steady_noise(results.values(), "test"),
+        "by_parts": [name_of(run) for run in by_parts],
     }
 
 
@@ -234,7 +191,7 @@ HEAD = (
 def run_table(question: Question, results: Results, sample: bool) -> list[list[str]]:
     """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report."""
     own = own_results(question, results)
-    noise = steady_noise(results.values(), "test")
+    noise = numbers.steady_noise(results.values(), "test")
     table = [list(HEAD)]
     for run in dict.fromkeys([*(run.name for run in question.runs), *own]):
         if run in own:
@@ -260,7 +217,7 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     against = "-"
     if baselines and run not in question.baselines:
         against = in_words(*difference(found, baselines[0], "test", noise))
-    apart = [curve_distance(figure, found, "validation_accuracy") for figure in figures_of(run)]
+    apart = [numbers.curve_distance(figure, found, "validation_accuracy") for figure in numbers.figures_of(run)]
     apart = [value for value in apart if value is not None]
     return [
         f"[{name_of(run)}]({run}/)",
@@ -279,23 +236,27 @@ def report_cells(question: Question, run: str) -> tuple[str, str]:
     """Test and validation accuracy as its text prints them; validation else, with a star, the best that its figure shows.
     "-" where there is neither.
     """
-    printed = reported(question.name, run)
+    printed = numbers.reported(question.name, run)
     test, validation = (str(printed.get(what, "-")) for what in ("test", "validation"))
-    drawn = [max(figure["validation_accuracy"]) for figure in figures_of(run) if "validation_accuracy" in figure]
-    if printed and validation == "-" and drawn:
-        validation = f"{drawn[-1]:.1f}*"
+    curves = [figure["validation_accuracy"] for figure in numbers.figures_of(run) if "validation_accuracy" in figure]
+    if printed and validation == "-" and curves:
+        validation = f"{max(curves[-1]):.1f}*"
     return test, validation
 
 
 def machines(own: Results) -> list[str]:
     """Where the question's epochs were trained, and how long one took."""
     seconds: dict[str, list[float]] = {}
-    for result in chain.from_iterable(own.values()):
-        starts = [here["from_epoch"] for here in result.environments]
-        for here, start, end in zip(result.environments, starts, [*starts[1:], result.epochs + 1]):
+    for result in chain(*own.values()):
+        ends = [here["from_epoch"] for here in result.environments[1:]] + [result.epochs + 1]
+        for here, end in zip(result.environments, ends):
             place = f"{here['device']} ({here['precision']}, torch {here['torch']})"
-            seconds.setdefault(place, []).extend(result.curves["seconds"][start - 1 : end - 1])
+            seconds.setdefault(place, []).extend(result.curves["seconds"][here["from_epoch"] - 1 : end - 1])
     return [f"{place}: {statistics.median(all_):.1f} s, {len(all_)} epochs" for place, all_ in sorted(seconds.items())]
+
+
+CURVES = {"validation_accuracy": "accuracy {:.1f}", "train_loss": "training loss {:.3f}"}
+CURVES["validation_loss"] = "validation loss {:.3f}"
 
 
 def distance(figure: dict, own: Results) -> str | None:
@@ -307,15 +268,9 @@ def distance(figure: dict, own: Results) -> str | None:
     if figure["run"] not in own:
         return None
     found = own[figure["run"]]
-    parts = []
-    for curve, text in (
-        ("validation_accuracy", "accuracy {:.1f}"),
-        ("train_loss", "training loss {:.3f}"),
-        ("validation_loss", "validation loss {:.3f}"),
-    ):
-        apart = curve_distance(figure, found, curve)
-        if apart is not None:
-            parts.append(text.format(apart))
+    parts = [
+        text.format(numbers.curve_distance(figure, found, curve)) for curve, text in CURVES.items() if curve in figure
+    ]
     last = np.mean([result.curves["validation_accuracy"][-1] for result in found])
     ours = {"best_validation": mean(found, "validation"), "last_validation": last, "test": mean(found, "alike")}
     for name, theirs in figure.get("printed", {}).items():
@@ -323,8 +278,8 @@ def distance(figure: dict, own: Results) -> str | None:
     if "parameters" in figure:
         parts.append(f"parameters {figure['parameters']:,} / {found[0].parameters['trainable']:,}")
     if "filters" in figure:
-        theirs, _ = smoothness(the_report()["filters"][figure["filters"]])
-        ours, count = smoothness(read_arrays(found[0])[figure["filters"]])
+        theirs, _ = numbers.smoothness(numbers.the_report()["filters"][figure["filters"]])
+        ours, count = numbers.smoothness(numbers.read_arrays(found[0])[figure["filters"]])
         parts.append(f"smoothness {theirs:.1f} / {ours:.1f} % (seed {found[0].seed}, {count} filters)")
     return "; ".join(parts) or "-"
 
@@ -332,7 +287,7 @@ def distance(figure: dict, own: Results) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ overview
 
 
-def read_claims(root: Path) -> list[dict]:
+def read_claims(root) -> list[dict]:
     """Of all questions, as they were judged last. Raises UserError where a file is damaged."""
     claims = []
     for path in sorted(root.glob("q[0-9]/claims.json")):
@@ -345,22 +300,20 @@ def read_claims(root: Path) -> list[dict]:
     return claims
 
 
-def write_overview(root: Path, args: argparse.Namespace) -> None:
+def write_overview(root, args: argparse.Namespace) -> None:
     """README.md of all questions, and its pictures; of the sample a list of its pages."""
     content = {"sample": args.sample, "pages": [path.parent.name for path in sorted(root.glob("q[0-9]/README.md"))]}
     if not args.sample:
-        rows, claims = report_rows(root), read_claims(root)
-        save_figure(plot_overview(rows), root / "overview.png", args.figures)
+        rows, claims = numbers.report_rows(root), read_claims(root)
+        save_figure(figures.plot_overview(rows), root / "overview.png", args.figures)
         if claims:
-            save_figure(plot_claims(claims), root / "claims.png", args.figures)
-        content |= {
-            "rows": rows,
-            "noise": noise_alike((row.results for row in rows), "ConvNet"),
-            "claims": claims,
-            "tally": tally(claims),
-            "best": read_run(root / "q5" / "strong"),
-            **habits(root),
-        }
+            save_figure(figures.plot_claims(claims), root / "claims.png", args.figures)
+        noise, best = (
+            numbers.noise_alike((row.results for row in rows), "ConvNet"),
+            numbers.read_run(root / "q5/strong"),
+        )
+        content |= {"rows": rows, "noise": noise, "claims": claims, "tally": tally(claims), "best": best}
+        content |= augmentations(root) | habits(root)
     write_page(root / "README.md", "overview.md.jinja", content)
 
 
@@ -371,45 +324,42 @@ def tally(claims: list[dict]) -> str:
     first = {claim["number"]: claim["parts"] for claim in reversed(claims)}  # the stand-in's comes second
     for number, parts in sorted(first.items()):
         marks = {part["mark"] for part in parts}
-        if marks == {"holds"}:
-            name = "Holding"
-        elif "reversed" in marks:
+        if "reversed" in marks:
             name = "reversed in a part"
-        elif marks in ({"not run"}, {"for the eye"}):
-            (name,) = marks
+        elif "holds" in marks:
+            name = "Holding" if marks == {"holds"} else "holding in part, the rest open"
         else:
-            name = "holding in part, the rest open" if "holds" in marks else "open"
+            name = next(iter(marks)) if marks in ({"not run"}, {"for the eye"}) else "open"
         groups[name].append(str(number))
     return "; ".join(f"{name}: {', '.join(numbers)}" for name, numbers in groups.items() if numbers)
 
 
-def habits(root: Path) -> dict:
-    """What tells what the report's ways of measuring are worth: trainings of its questions, each read once; readings that
-    stopped early; question 3's runs, and those among them that the page compares.
-    """
-    trainings, stopped, q3 = {}, [], {}
-    for question in the_report()["numbers"]:
-        for path in sorted(root.glob(f"{question}/*/")):
-            found = read_run(path)
-            if question == "q3" and found:
-                q3[path.name] = found
-            for result in found:
-                if result.settings["patience"]:
-                    stopped.append(result)
-                else:
-                    trainings[result.training(), result.settings["epochs"], result.seed] = result
-    augmented = {}
-    for run, found in q3.items():
-        if "augmented_validation_accuracy" in found[0].curves:
-            augmented[run] = mean(found, "alike_validation") - mean(found, "validation")
-    top = sorted((q3[run] for run in augmented), key=lambda found: mean(found, "test"), reverse=True)[:3]
-    noise = steady_noise(q3.values(), "test")
+def augmentations(root) -> dict:
+    """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
+    q3 = numbers.read_question(root / "q3", [], sample=False)
+    augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
+    added = {run: mean(found, "alike_validation") - mean(found, "validation") for run, found in augmented.items()}
+    top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
+    apart = difference(*top[:2], "test", numbers.steady_noise(q3.values(), "test")) if len(top) > 1 else None
+    rates = [rate for rate in ("0.5", "0.6") if {f"dropout_{rate}", f"dropout_after_pool_{rate}"} <= q3.keys()]
     return {
-        "top": top,
-        "apart": difference(top[0], top[1], "test", noise) if len(top) > 1 else None,
-        "trainings": list(trainings.values()),
-        "stopped": stopped,
-        "augmented": sorted(augmented.items(), key=lambda item: item[1]),
         "q3": q3,
-        "rates": [rate for rate in ("0.5", "0.6") if {f"dropout_{rate}", f"dropout_after_pool_{rate}"} <= q3.keys()],
+        "rates": rates,
+        "augmented": sorted(added.items(), key=lambda item: item[1]),
+        "top": top,
+        "apart": apart,
     }
+
+
+def habits(root) -> dict:
+    """What tells what the report's ways of measuring are worth: trainings of its questions, each read once, and readings
+    that stopped early.
+    """
+    trainings, stopped = {}, []
+    for question in numbers.the_report()["numbers"]:
+        for result in chain(*numbers.read_question(root / question, [], sample=False).values()):
+            if result.settings["patience"]:
+                stopped.append(result)
+            else:
+                trainings[result.training(), result.settings["epochs"], result.seed] = result
+    return {"trainings": list(trainings.values()), "stopped": stopped}
