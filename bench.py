@@ -69,9 +69,6 @@ AUGMENTATIONS = {  # ours, torchvision's
 }
 
 
-# --------------------------------------------------------------------------------------------------------- two loops
-
-
 class SampleImages(CIFAR10):
     """The bundled training images as torchvision's CIFAR10 gives them."""
 
@@ -169,9 +166,6 @@ def take_turn(make_loop: Callable, what: tuple, steps: int) -> tuple[float, floa
     ms = 1000 * (time.perf_counter() - start) / steps
     time.sleep(SETTLE_SECONDS)
     return ms, peak_memory(device)
-
-
-# ------------------------------------------------------------------------------------------------------ three tables
 
 
 def print_training(run: Run, network: Callable, args: argparse.Namespace, device: torch.device) -> None:

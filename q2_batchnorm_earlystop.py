@@ -17,10 +17,10 @@ from itertools import chain
 
 import numpy as np
 
+import report.figures as fig
 from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
 from parts.machine import session
 from report.claims import Claim, better
-from report.figures import Figure, new_panels, plot_curve, title
 from report.numbers import Result, Results
 from report.page import Question, check_report, finish_report, update_report
 
@@ -59,7 +59,7 @@ CLAIMS = [
 COLORS = {"convnet": "tab:blue", "batchnorm": "tab:orange"}
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> dict[str, fig.Figure]:
     """Both networks in the same axes, at 20 epochs, and at 50 with every rule's stop."""
     drawn = {}
     if pair := [name for name in COLORS if name in results]:
@@ -69,20 +69,20 @@ def figures(results: Results) -> dict[str, Figure]:
     return drawn
 
 
-def plot_pair(results: Results, names: Sequence[str]) -> Figure:
-    heading = title(results[names[0]][0], "with and without batch norm")
-    figure, (losses, accuracies) = new_panels(heading, ("cross entropy", "validation accuracy (%)"))
+def plot_pair(results: Results, names: Sequence[str]) -> fig.Figure:
+    heading = fig.title(results[names[0]][0], "with and without batch norm")
+    figure, (losses, accuracies) = fig.new_panels(heading, ("cross entropy", "validation accuracy (%)"))
     for name in names:
         color = COLORS[name]
-        plot_curve(losses, results[name], "train_loss", f"{name}: training", color=color, linestyle="--")
-        plot_curve(losses, results[name], "validation_loss", f"{name}: validation", color=color)
-        plot_curve(accuracies, results[name], "validation_accuracy", name, color=color)
+        fig.plot_curve(losses, results[name], "train_loss", f"{name}: training", color=color, linestyle="--")
+        fig.plot_curve(losses, results[name], "validation_loss", f"{name}: validation", color=color)
+        fig.plot_curve(accuracies, results[name], "validation_accuracy", name, color=color)
     losses.legend()
     accuracies.legend()
     return figure
 
 
-def plot_stops(full: dict[str, Result], results: Results) -> Figure:
+def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
     """The full curves of every network (its first seed), where each patience stops, which weights it restores, and the
     best ones of all epochs, which a stop can miss.
     """
@@ -91,32 +91,29 @@ def plot_stops(full: dict[str, Result], results: Results) -> Figure:
         f"seed {first.seed}: where each patience stops (dotted, numbered), "
         "the weights it restores (dot), the best validation accuracy of all epochs (ring)"
     )
-    figure, panels = new_panels(title(first, heading), ("validation loss (cross entropy)", "validation accuracy (%)"))
+    ylabels = ("validation loss (cross entropy)", "validation accuracy (%)")
+    figure, panels = fig.new_panels(fig.title(first, heading), ylabels)
     for axes, curve in zip(panels, ("validation_loss", "validation_accuracy")):
         for row, (network, whole) in enumerate(full.items()):
-            color, rules = COLORS[network], rules_of(whole, results)
-            plot_curve(axes, [whole], curve, network, color=color)
-            mark_best(axes, whole, curve, color, fillstyle="none", markersize=11)
-            for result in rules:
-                mark_best(axes, result, curve, color)
+            rules, color = rules_of(whole, results), COLORS[network]
+            fig.plot_curve(axes, [whole], curve, network, color=color)
+            for result in (whole, *rules):
+                style = {"fillstyle": "none", "markersize": 11} if result is whole else {}
+                axes.plot(result.best_epoch, result.curves[curve][result.best_epoch - 1], "o", color=color, **style)
             mark_stops(axes, rules, color, row)
         axes.legend()
     return figure
 
 
 def rules_of(whole: Result, results: Results) -> list[Result]:
-    """Readings of this very training with a patience."""
+    """Readings of this very training with a patience; another machine's training of the same seed has another loss."""
     rules = []
     for result in chain.from_iterable(results.values()):
-        is_reading = result.settings["patience"] and result.training() == whole.training() and result.seed == whole.seed
-        ours, theirs = (found.curves["validation_accuracy"][: result.epochs] for found in (whole, result))
-        if is_reading and np.array_equal(ours, theirs):  # another machine's training of the same seed has other ones
+        same = result.training() == whole.training() and result.seed == whole.seed
+        losses = (found.curves["train_loss"][: result.epochs] for found in (whole, result))
+        if same and result.settings["patience"] and np.array_equal(*losses):
             rules.append(result)
     return rules
-
-
-def mark_best(axes, result: Result, curve: str, color: str, **style) -> None:
-    axes.plot(result.best_epoch, result.curves[curve][result.best_epoch - 1], "o", color=color, **style)
 
 
 def mark_stops(axes, rules: Sequence[Result], color: str, row: int) -> None:
@@ -132,14 +129,8 @@ def mark_stops(axes, rules: Sequence[Result], color: str, row: int) -> None:
         axes.text(stop, 1.01 + 0.04 * row, text, color=color, ha="center", fontsize=8, transform=place)
 
 
-QUESTION = Question(
-    "q2",
-    "Question 2: batch normalisation and early stopping",
-    RUNS,
-    CLAIMS,
-    figures,
-    baselines=("convnet", "convnet_full"),
-)
+TITLE = "Question 2: batch normalisation and early stopping"
+QUESTION = Question("q2", TITLE, RUNS, CLAIMS, figures, baselines=("convnet", "convnet_full"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,24 +21,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+import report.figures as fig
 from common import Run, Settings, generator, load_sample, make_parser, output_folder, select_runs, train_runs
 from parts.augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
 from parts.machine import UserError, require_writable, say, session
 from report.claims import Claim, about_equal, better, narrowest_gap
-from report.figures import (
-    Figure,
-    new_axes,
-    new_grid,
-    new_panels,
-    plain_style,
-    plot_curve,
-    plot_loss_curves,
-    save_figure,
-    shades,
-    style_axes,
-    title,
-)
-from report.numbers import Result, Results, figures_of, mean, name_of, reported, values
+from report.numbers import Results, figures_of, mean, name_of, reported, values
 from report.page import Question, check_report, finish_report, update_report
 
 CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.1)
@@ -115,21 +103,15 @@ CLAIMS = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> dict[str, fig.Figure]:
     """Those that the available runs allow."""
-    flips = {float(run.removeprefix("flip_p")): run for run in results if re.fullmatch(r"flip_p[\d.]+", run)}
-    rates = {float(run.removeprefix("dropout_")): run for run in results if re.fullmatch(r"dropout_[\d.]+", run)}
-    after_pool = {p: run for p in AFTER_POOL_RATES if (run := f"dropout_after_pool_{p:g}") in results}
+    flips, rates, after_pool = (rates_of(results, prefix) for prefix in ("flip_p", "dropout_", "dropout_after_pool_"))
     drawn = {}
     if any(run in results for run in AUGMENTATIONS):
         drawn["augmentations.png"] = plot_augmentations(results)
     if flips:
         drawn["flip_sweep.png"] = plot_sweep(results, flips, "horizontal flip", "probability of a flip", "baseline")
     if rates:
-        rates = dict(sorted(rates.items()))
         drawn["dropout_validation.png"] = plot_dropout(results, rates)
         drawn["dropout_bars.png"] = plot_bars(results, rates)
         heading = "dropout before the pooling, and after it"
@@ -137,19 +119,21 @@ def figures(results: Results) -> dict[str, Figure]:
     return drawn
 
 
-def first_of(results: Results, runs: dict[float, str]) -> Result:
-    return results[next(iter(runs.values()))][0]
+def rates_of(results: Results, prefix: str) -> dict[float, str]:
+    """The runs named by this prefix and a rate, by rate."""
+    runs = [run for run in results if re.fullmatch(rf"{prefix}[\d.]+", run)]
+    return dict(sorted((float(run.removeprefix(prefix)), run) for run in runs))
 
 
-def plot_augmentations(results: Results) -> Figure:
+def plot_augmentations(results: Results) -> fig.Figure:
     """Small multiples: losses of every augmentation there is, on common axes, beside the report's."""
     runs = [run for run in ("baseline", *AUGMENTATIONS) if run in results]
     columns = min(4, len(runs))
-    figure, grid = new_grid(-(-len(runs) // columns), columns, (4, 3), sharex=True, sharey=True)
+    figure, grid = fig.new_grid(-(-len(runs) // columns), columns, (4, 3), sharex=True, sharey=True)
     legend = {}
     for axes, run in zip(grid, runs):
-        style_axes(axes, "cross entropy")
-        plot_loss_curves(axes, results[run])
+        fig.style_axes(axes, "cross entropy")
+        fig.plot_loss_curves(axes, results[run])
         axes.set_title(f"{name_of(run)}: test {mean(results[run], 'test'):.1f} %", fontsize=10)
         axes.tick_params(labelbottom=True)
         for line, label in zip(*axes.get_legend_handles_labels()):
@@ -158,26 +142,27 @@ def plot_augmentations(results: Results) -> Figure:
     figure.legend(legend.values(), legend.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
     for axes in grid[len(runs) :]:
         axes.axis("off")
-    figure.suptitle(title(results[runs[0]][0], "augmentations"))
+    figure.suptitle(fig.title(results[runs[0]][0], "augmentations"))
     figure.tight_layout()
     return figure
 
 
-def plot_dropout(results: Results, rates: dict[float, str]) -> Figure:
+def plot_dropout(results: Results, rates: dict[float, str]) -> fig.Figure:
     """Validation accuracy over epochs for all dropout rates: the report's Figures 27 to 29 in one."""
-    figure, axes = new_axes(title(first_of(results, rates), "dropout before the pooling"), "validation accuracy (%)")
+    heading = fig.title(results[rates[min(rates)]][0], "dropout before the pooling")
+    figure, axes = fig.new_axes(heading, "validation accuracy (%)")
     runs = {0.0: "baseline_20"} | rates if "baseline_20" in results else rates
-    for (p, run), color in zip(runs.items(), shades(len(runs))):
+    for (p, run), color in zip(runs.items(), fig.shades(len(runs))):
         label = f"{p:g} (loss gap {mean(results[run], 'gap'):+.2f})"
-        plot_curve(axes, results[run], "validation_accuracy", label, color=color)
+        fig.plot_curve(axes, results[run], "validation_accuracy", label, color=color)
     axes.legend(title="dropout", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 
-def plot_bars(results: Results, rates: dict[float, str]) -> Figure:
+def plot_bars(results: Results, rates: dict[float, str]) -> fig.Figure:
     """The report's Figure 30: best validation accuracy of every rate, as bars."""
-    first = first_of(results, rates)
-    figure, axes = new_axes(title(first, "the report's Figure 30"), "best validation accuracy (%)")
+    first = results[rates[min(rates)]][0]
+    figure, axes = fig.new_axes(fig.title(first, "the report's Figure 30"), "best validation accuracy (%)")
     ours = {p: mean(results[run], "validation") for p, run in rates.items()}
     axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
     for theirs in [] if first.is_sample else figures_of("dropout"):
@@ -188,49 +173,43 @@ def plot_bars(results: Results, rates: dict[float, str]) -> Figure:
     return figure
 
 
-def plot_sweep(
-    results: Results,
-    runs: dict[float, str],
-    heading: str,
-    xlabel: str,
-    baseline: str,
-    after_pool: dict[float, str] | None = None,
-) -> Figure:
+def plot_sweep(results: Results, runs: dict, heading: str, xlabel: str, baseline: str, after_pool=None) -> fig.Figure:
     """Over a rate: test accuracy on all images, a dot per seed, beside the report's numbers and ours measured as those,
     the baseline and the runs that drop units after the pooling; and the gap between the losses.
+
+    runs, after_pool: by rate, the names of runs.
     """
+    first = results[runs[min(runs)]][0]
     ylabels = ("test accuracy (%)", "loss gap in the last epoch, augmented alike:\nvalidation − training")
-    first = first_of(results, runs)
-    figure, (accuracies, gaps) = new_panels(title(first, heading), ylabels, xlabel)
-    for name, rates, color in (("ours", runs, "tab:blue"), ("ours, after the pooling", after_pool or {}, "tab:orange")):
-        if not rates:
-            continue
-        for axes, what in ((accuracies, "test"), (gaps, "gap")):
-            label = f"{name}, best weights, all images: a dot per seed" if what == "test" else name
-            axes.plot(list(rates), [mean(results[run], what) for run in rates.values()], "-", color=color, label=label)
-            for x, run in rates.items():
+    figure, panels = fig.new_panels(fig.title(first, heading), ylabels, xlabel)
+    for axes, what, of, digits in zip(
+        panels, ("test", "gap"), (", best weights, all images: a dot per seed", ""), (1, 2)
+    ):
+        for name, rates, color in (("ours", runs, "tab:blue"), ("ours, after the pooling", after_pool, "tab:orange")):
+            if rates:
+                means = [mean(results[run], what) for run in rates.values()]
+                axes.plot(list(rates), means, "-", color=color, label=name + of)
+            for x, run in (rates or {}).items():
                 seeds = values(results[run], what)
                 axes.plot([x] * len(seeds), seeds, "o", color=color, markersize=4)
-    if not first.is_sample:
-        theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
-        ours = {x: mean(results[runs[x]], "alike") for x in theirs}
-        for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
-            label = f"{name}, last weights, 1,000 images"
-            accuracies.plot(list(points), list(points.values()), "x", color=color, label=label)
-    if baseline in results:
-        for axes, what, digits in ((accuracies, "test", 1), (gaps, "gap", 2)):
+        if what == "test" and not first.is_sample:
+            theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
+            ours = {x: mean(results[runs[x]], "alike") for x in theirs}
+            for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
+                label = f"{name}, last weights, 1,000 images"
+                axes.plot(list(points), list(points.values()), "x", color=color, label=label)
+        if baseline in results:
             value = mean(results[baseline], what)
             axes.axhline(value, color="tab:green", linestyle=":", label=f"our {name_of(baseline)}: {value:.{digits}f}")
-    for axes in (accuracies, gaps):
         axes.xaxis.get_major_locator().set_params(integer=False)
         axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return figure
 
 
-def preview(augmentations: tuple, images: Tensor, heading: str) -> Figure:
+def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:
     """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
-    figure, grid = new_grid(len(images), 9, (1.22, 1.3))
+    figure, grid = fig.new_grid(len(images), 9, (1.22, 1.3))
     rng, original = generator(0, 1, "augment"), images.float() / 255
     for column, axes in enumerate(grid.reshape(len(images), 9).T):
         drawn = augment(original, augmentations, rng, len(images)) if column else original
@@ -249,19 +228,16 @@ def preview_runs(runs: Sequence[Run], args: argparse.Namespace) -> None:
         raise UserError("--preview: none of these runs has an augmentation")
     require_writable(args.output_dir)
     images = load_sample()["train"].images[[3, 11, 25, 40]]
-    with plain_style():
+    with fig.plain_style():
         for run in augmented:
             path = output_folder(args) / "q3" / run.name / "preview.png"
             heading = f"{run.name}: {', '.join(map(repr, run.settings.augment))}"
-            save_figure(preview(run.settings.augment, images, heading), path, args.figures)
+            fig.save_figure(preview(run.settings.augment, images, heading), path, args.figures)
             say(str(path))
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-QUESTION = Question(
-    "q3", "Question 3: augmentation and dropout", RUNS, CLAIMS, figures, baselines=("baseline", "baseline_20")
-)
+TITLE = "Question 3: augmentation and dropout"
+QUESTION = Question("q3", TITLE, RUNS, CLAIMS, figures, baselines=("baseline", "baseline_20"))
 
 
 def rate(text: str) -> float:

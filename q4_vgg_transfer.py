@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
+import report.figures as fig
 from common import Run, Settings, Split, autocast, init_linear, make_parser, train_runs
 from parts.augment import HorizontalFlip
 from parts.layers import Conv2d
 from parts.machine import UserError, expand, first_line, rank, session
 from report.claims import Claim, better
-from report.figures import GREYS, Figure, new_axes, new_grid, plot_curve, style_axes, title
 from report.numbers import Results, figures_of, name_of, read_arrays
 from report.page import Question, check_report, finish_report, update_report
 
@@ -82,9 +82,6 @@ CLAIMS = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------- network
-
-
 class VGG11(nn.Module):
     """torchvision's vgg11_bn without its average pooling and fully connected layers, and the report's head.
 
@@ -124,9 +121,6 @@ def vgg(settings: Settings, weights: dict[str, Tensor] | None = None) -> VGG11:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------- weights
-
-
 def find_weights(option: str) -> tuple[list[Run], dict[str, Tensor] | None]:
     """The runs that --weights asks for, and the backbone's state dict; other weights than torchvision's name their runs
     by file and hash. Raises UserError where they are not to be had, or are not those of vgg11_bn.
@@ -151,34 +145,27 @@ def imagenet_weights() -> dict:
     """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
     try:
-        expected = cached.stem.split("-")[1]
-        if cached.exists() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
-            raise UserError(f"{cached} is damaged: its SHA-256 is another; delete it and run again")
-        return IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # the network, or the hash
-        raise UserError(
-            f"torchvision's {IMAGENET} cannot be loaded ({first_line(error)}); give --weights another file, or none"
-        ) from error
+        tensors = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
+        if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(cached.stem.split("-")[1]):
+            raise ValueError("its SHA-256 is another")
+        return tensors
+    except Exception as error:  # the network, or a damaged file
+        advice = f"delete {cached} where it is there, or give --weights another file, or none"
+        raise UserError(f"torchvision's {IMAGENET} cannot be loaded ({first_line(error)}): {advice}") from error
 
 
 def read_weights(content: bytes, path: Path):
     """What was saved, with torch's own safety: tensors, plain values and numbers of NumPy."""
     scalar, kinds = np._core.multiarray.scalar, [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals([scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]):
             return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
-        if "Unsupported global" not in str(error):
-            raise UserError(
-                f"--weights {path} is not a state dict ({first_line(error)}); give --weights another file, or none"
-            ) from error
-        raise UserError(
-            f"--weights {path} holds more than tensors (a whole module?), which could run any code; "
-            "save its weights alone: torch.save(model.state_dict(), path)"
-        ) from error
+        reason = f"is not a state dict ({first_line(error)})"
+        if "Unsupported global" in str(error):
+            reason = "holds more than tensors (a whole module?), which could run any code"
+        advice = "save weights alone, torch.save(model.state_dict(), path), or give --weights another file, or none"
+        raise UserError(f"--weights {path} {reason}; {advice}") from error
 
 
 def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
@@ -189,14 +176,13 @@ def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
     """
     with torch.device("meta"):  # only the shapes
         expected = {name: tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
-    start, most = next(iter(expected)), {}
-    for tensors in tensor_dicts(loaded):
-        most = max(most, tensors, key=len)
-        prefixes = [name.removesuffix(start) for name in tensors if f".{name}".endswith(f".{start}")]
-        for prefix in prefixes:
+    start, found = next(iter(expected)), tensor_dicts(loaded)
+    for tensors in found:
+        for prefix in [name.removesuffix(start) for name in tensors if f".{name}".endswith(f".{start}")]:
             if all(getattr(tensors.get(prefix + name), "shape", None) == shape for name, shape in expected.items()):
-                found = {name: tensors[prefix + name] for name in expected}
-                return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+                features = {name: tensors[prefix + name] for name in expected}
+                return {name: t.float() if t.is_floating_point() else t for name, t in features.items()}
+    most = max(found, key=len, default={})
     there = f"{', '.join(list(most)[:3])}, ... ({len(most)} tensors)" if most else "no tensors"
     raise UserError(
         f"--weights {source}: vgg11_bn's {len(expected)} feature tensors (features.{start}, ...), of their shapes, are not "
@@ -210,9 +196,6 @@ def tensor_dicts(loaded) -> list[dict[str, Tensor]]:
         return []
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     return [tensors, *(found for value in loaded.values() for found in tensor_dicts(value))]
-
-
-# ---------------------------------------------------------------------------------------------------------- features
 
 
 class FeatureSplit(Split):
@@ -252,55 +235,42 @@ def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings)
     return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> dict[str, fig.Figure]:
     """The validation curves of all runs in the same axes, and question 1's network; training loss of every step."""
     own = {run: found for run, found in results.items() if found[0].question == "q4"}
-    heading = title(next(iter(own.values()))[0], "VGG11_bn and question 1's network")
-    figure, axes = new_axes(heading, "validation accuracy (%)")
+    heading = fig.title(next(iter(own.values()))[0], "VGG11_bn and question 1's network")
+    figure, axes = fig.new_axes(heading, "validation accuracy (%)")
     for run, found in results.items():
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
-        plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
+        fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
     axes.legend(fontsize=8)
     trained = [run for run, found in own.items() if found[0].settings["backbone"] == "trained"]
     return {"transfer.png": figure} | ({"steps.png": plot_steps(results, trained)} if trained else {})
 
 
-def plot_steps(results: Results, runs: Sequence[str]) -> Figure:
+def plot_steps(results: Results, runs: Sequence[str]) -> fig.Figure:
     """The report's Figures 32a and 33a: training loss of every step; the report's epoch means in the middle of epochs."""
-    figure, panels = new_grid(1, len(runs), (7, 4.5), sharey=True)
+    figure, panels = fig.new_grid(1, len(runs), (7, 4.5), sharey=True)
     for axes, run in zip(panels, runs):
         first = results[run][0]
         losses = read_arrays(first)["step_losses"]  # [epochs, steps]
-        steps = losses.shape[1]
-        style_axes(axes, "training loss (cross entropy)", "step")
+        fig.style_axes(axes, "training loss (cross entropy)", "step")
         axes.plot(range(1, losses.size + 1), losses.ravel(), color="lightsteelblue", linewidth=0.4, label="every step")
-        middle = (np.arange(len(losses)) + 0.5) * steps
+        middle = (np.arange(len(losses)) + 0.5) * losses.shape[1]
         axes.plot(middle, losses.mean(1), color="tab:orange", label="mean of every epoch")
         for theirs in [] if first.is_sample else figures_of(run):
-            if "train_loss" in theirs:
-                middle = (np.arange(len(theirs["train_loss"])) + 0.5) * steps
+            if means := theirs.get("train_loss"):
                 label = f"report, Figure {theirs['figure']}, mean of every epoch"
-                axes.plot(middle, theirs["train_loss"], color=GREYS[0], linewidth=1, linestyle="--", label=label)
+                middle = (np.arange(len(means)) + 0.5) * losses.shape[1]
+                axes.plot(middle, means, color=fig.GREYS[0], linewidth=1, linestyle="--", label=label)
         axes.set(title=f"{name_of(run)}, seed {first.seed}", ylim=(0, None))
         axes.legend()
-    figure.suptitle(title(results[runs[0]][0], "training loss of every step"))
+    figure.suptitle(fig.title(results[runs[0]][0], "training loss of every step"))
     return figure
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-QUESTION = Question(
-    "q4",
-    "Question 4: VGG11_bn, frozen, fine-tuned and from scratch",
-    RUNS,
-    CLAIMS,
-    figures,
-    baselines=("scratch",),
-    beside=("q1/convnet",),
-)
+TITLE = "Question 4: VGG11_bn, frozen, fine-tuned and from scratch"
+QUESTION = Question("q4", TITLE, RUNS, CLAIMS, figures, baselines=("scratch",), beside=("q1/convnet",))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,10 +21,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import report.figures as fig
 from common import Run, Settings, Split, make_parser, train_runs
 from parts.augment import Cutout, HorizontalFlip, RandomCrop
 from parts.machine import UserError, session
-from report.figures import Figure, new_axes, title
 from report.numbers import Result, Results, measure, reported
 from report.page import Question, check_report, finish_report, update_report
 
@@ -53,8 +53,6 @@ RUNS = [
     Run("fast_exponential", replace(FAST, schedule="exponential")),  # the exercise's, 0.95 an epoch
 ]
 
-
-# ------------------------------------------------------------------------------------------------------------ tuning
 
 HELD_OUT = 5000  # the last training images
 TRY_FAST = replace(FAST, data="cifar10-tuning")
@@ -86,17 +84,14 @@ def hold_out(data: dict[str, Split]) -> dict[str, Split]:
     return {"train": Split(images[:-HELD_OUT], labels[:-HELD_OUT]), "validation": held_out, "test": held_out}
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: Results) -> dict[str, fig.Figure]:
     """Accuracy over minutes: both recipes, the exercise's settings (question 2), and the report's best ConvNet."""
     timed = [run for run in ("fast", "strong", "batchnorm") if run in results]
     if not {"fast", "strong"} & set(timed):
         return {}
     first = results[timed[0]][0]
     machine = first.environments[-1]["device"]
-    figure, axes = new_axes(title(first, f"accuracy over time, on {machine}"), "accuracy (%)")
+    figure, axes = fig.new_axes(fig.title(first, f"accuracy over time, on {machine}"), "accuracy (%)")
     for run in timed:  # another machine's minutes are not comparable
         if found := [r for r in results[run] if {e["device"] for e in r.environments} == {machine}]:
             plot_over_minutes(axes, run, found)
@@ -121,19 +116,10 @@ def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
         axes.plot(minutes[epoch - 1], measure(result, "test"), "s", color=color)
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-QUESTION = Question(
-    "q5",
-    "Question 5, beyond the report: the same network at its best",
-    RUNS,
-    figures=figures,
-    baselines=("fast",),
-    beside=("q2/batchnorm",),
-)
-TUNING_QUESTION = Question(
-    "q5_tuning", "Question 5: settings tried on held-out training images", TUNING, baselines=("fast", "heavy")
-)
+TITLE = "Question 5, beyond the report: the same network at its best"
+QUESTION = Question("q5", TITLE, RUNS, figures=figures, baselines=("fast",), beside=("q2/batchnorm",))
+TUNING_TITLE = "Question 5: settings tried on held-out training images"
+TUNING_QUESTION = Question("q5_tuning", TUNING_TITLE, TUNING, baselines=("fast", "heavy"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

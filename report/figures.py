@@ -59,9 +59,6 @@ def is_drawn(path: Path, stamp: str) -> bool:
     return path.exists() and f"{MADE_BY} {stamp}.".encode() in path.read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------ pieces
-
-
 def title(result: Result, text: str) -> str:
     """Heading of a figure. Those of the sample say so."""
     return f"{'SAMPLE (not all of CIFAR-10): ' if result.is_sample else ''}question {result.question[1:]}: {text}"
@@ -148,9 +145,6 @@ def plot_augmented(axes, found: Sequence[Result], curve: str) -> None:
         plot_curve(axes, found, curve, label, color="tab:orange", linestyle=":")
 
 
-# -------------------------------------------------------------------------------------------------------- of one run
-
-
 def plot_losses(found: Sequence[Result]) -> Figure:
     """Training and validation loss over epochs, all seeds, beside the report's curves."""
     figure, axes = new_axes(title(found[0], f"{name_of(found[0].run)}, loss"), "cross entropy")
@@ -208,8 +202,6 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
         if anew or not is_drawn(path, stamp) or (also and not path.with_suffix(f".{also}").exists()):
             save_figure(plot(found), path, also, stamp)
 
-
-# ---------------------------------------------------------------------------------------------------------- overview
 
 BREAK, LEFT, RIGHT = 60, (0, 60), (60, 94)  # percent: below and above the break each axis has a scale of its own
 WIDE = 10  # points to either side: such a bar says little

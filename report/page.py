@@ -41,9 +41,6 @@ class Question:
         return next(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
 def check_report(question: Question, args: argparse.Namespace) -> None:
     """Before the training: what would fail after it. Raises UserError."""
     if args.list:
@@ -145,9 +142,6 @@ def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
     """ "80.70", or with several seeds "80.70 ± 0.31" (standard deviation)."""
     text = f"{mean(found, what):.{digits}f}"
     return text if len(found) == 1 else f"{text} ± {values(found, what).std(ddof=1):.{digits}f}"
-
-
-# ----------------------------------------------------------------------------------------------------- question's page
 
 
 def question_content(question: Question, results: Results, args: argparse.Namespace) -> dict:
@@ -282,9 +276,6 @@ def distance(figure: dict, own: Results) -> str | None:
         ours, count = numbers.smoothness(numbers.read_arrays(found[0])[figure["filters"]])
         parts.append(f"smoothness {theirs:.1f} / {ours:.1f} % (seed {found[0].seed}, {count} filters)")
     return "; ".join(parts) or "-"
-
-
-# ------------------------------------------------------------------------------------------------------------ overview
 
 
 def read_claims(root) -> list[dict]:
