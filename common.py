@@ -775,20 +775,19 @@ def train_runs(
     for run in runs:
         path = checkpoint_path(args.checkpoint_dir, run.settings)
         with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
-            if rank() == 0:
-                machine.remove_leftovers(path)
-                if args.fresh and path not in renamed and path.exists():
-                    os.replace(path, path.with_suffix(".old"))
-                renamed.add(path)
+            if args.fresh and path not in renamed and rank() == 0 and path.exists():
+                os.replace(path, path.with_suffix(".old"))
+            renamed.add(path)
             barrier()
             model = build(run, device, network)
-            parameters = all_parameters(model)
             if str(model) not in shown and rank() == 0:
                 say(describe(model))
             shown.add(str(model))
+            parameters = all_parameters(model)
             state = train(run, model, data, device, path, prepare)
-        result = read_run(question, run, parameters, state, data["test"].labels)
-        if rank() == 0 and write_result(output_folder(args) / question / run.name, result, state):
+            result = read_run(question, run, parameters, state, data["test"].labels)
+            new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
+        if new:
             yield run
 
 

@@ -98,9 +98,9 @@ def environment(device: torch.device, precision: str) -> dict:
 
 def announce(what: str, device: torch.device, precision: str) -> None:
     """One line: what is trained, and on what. And a hint where torch cannot see the machine's GPU."""
-    here = environment(device, precision)
-    processes = f", {here['processes']} processes" if here["processes"] > 1 else ""
-    tell(f"{what} trains on {here['device']}, {here['threads']} threads{processes}, {precision}, torch {here['torch']}")
+    where = "{device}, {threads} threads, {processes} processes, {precision}, torch {torch}"
+    where = where.format(**environment(device, precision)).replace(", 1 processes", "")
+    tell(f"{what} trains on {where}")
     if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
         tell("this machine has an NVIDIA GPU, but this torch is a build for CPUs: see pytorch.org for one with CUDA")
 
@@ -199,8 +199,10 @@ def require_writable(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside the target and rename: `path` holds the old content or the new, whole. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # folders may be shared
+    """Write beside the target and rename: `path` holds the old content or the new, whole. Call with a lock held: what a
+    killed process left beside it is written over. Raises UserError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -213,17 +215,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
-    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """What processes that were killed while writing `path` left beside it. Call while no other process can write it."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(OSError):  # another user's
-            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
 
 
 @contextmanager

@@ -78,33 +78,27 @@ def read_result(path: Path) -> Result:
     """Raises UserError where it cannot be read, lacks a part, or where a number is no number."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem != f"seed{found['seed']}":
-            raise ValueError(f"it is of seed {found['seed']}")
         history, tests = found["history"], found["test"]
-        curves = {name: np.array([epoch[name] for epoch in history]) for name in history[0]}
-        accuracies = {}
-        for weights in ("best", "last"):
-            for images in ("report_images", "all_images"):
-                accuracies[weights, images] = float(tests[weights][images]["accuracy"])
-        if not all(np.isfinite(numbers).all() for numbers in [*curves.values(), *accuracies.values()]):
-            raise ValueError("a number in it is not finite")
-        environments = [*found["earlier_environments"], found["environment"]]
-        if not all({"device", "precision", "torch", "from_epoch"} <= here.keys() for here in environments):
-            raise ValueError("it does not say where it was trained")
-        return Result(
+        readings = [(weights, images) for weights in ("best", "last") for images in ("report_images", "all_images")]
+        result = Result(
             path=path,
             question=found["question"],
             run=found["run"],
             seed=found["seed"],
             settings=Settings().as_dict() | found["settings"],  # newer ones were at their default
-            environments=environments,
+            environments=[*found["earlier_environments"], found["environment"]],
             parameters={name: found["parameters"][name] for name in ("trainable", "layers")},
-            best_epoch=range(1, len(history) + 1)[found["best_epoch"] - 1],
-            curves=curves,
-            tests=accuracies,
+            best_epoch=found["best_epoch"],
+            curves={name: np.array([epoch[name] for epoch in history]) for name in history[0]},
+            tests={(weights, images): float(tests[weights][images]["accuracy"]) for weights, images in readings},
             confusion={weights: np.array(tests[weights]["confusion"]).reshape(10, 10) for weights in ("best", "last")},
             digest=hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16],
         )
+        [(here["device"], here["precision"], here["torch"], here["from_epoch"]) for here in result.environments]
+        finite = all(np.isfinite(numbers).all() for numbers in [*result.curves.values(), *result.tests.values()])
+        if not finite or path.stem != f"seed{result.seed}" or not 0 < result.best_epoch <= result.epochs:
+            raise ValueError("a number in it is impossible")
+        return result
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -119,7 +113,7 @@ def read_run(folder: Path, sample: bool = False) -> list[Result]:
     not be (`sample`), or the other way round.
     """
     paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
-    found = sorted((read_result(path) for path in paths), key=lambda result: result.seed)
+    found = sorted(map(read_result, paths), key=lambda result: result.seed)
     for result in found:
         if (result.question, result.run) != (folder.parent.name, folder.name):
             tell(f"{folder} holds results of {result.question}'s {result.run}, a copy: not counted")
@@ -147,16 +141,14 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
     replaced: names of files that are about to be. Raises UserError where results cannot be read, or where their
     settings are not those of their run.
     """
-    names, results = [run.name for run in declared], {}
-    others = sorted(path.name for path in folder.glob("*/") if path.name not in names)
-    for name in [*names, *others]:
+    settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
+    results = {}
+    for name in [*settings, *sorted({path.name for path in folder.glob("*/")} - settings.keys())]:
         if found := read_run(folder / name, sample):
             results[name] = found
-    for run in declared:
-        settings = on_sample(run.settings) if sample else run.settings
-        for result in results.get(run.name, ()):
+        for result in found if name in settings else ():
             if result.path.name not in replaced:
-                require_same_settings(result, settings.as_dict(), f"the run {run.name} in {folder.name}'s script")
+                require_same_settings(result, settings[name].as_dict(), f"the run {name} in {folder.name}'s script")
     return results
 
 
@@ -187,9 +179,9 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
 
 @functools.cache
 def the_report() -> dict:
-    """Its "numbers", which it prints, and its "figures", which say how they were read; and the first-layer "filters" of
-    its Figures 2 ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero is not printed: before training
-    it is the middle of the range, as PyTorch draws them; after training it is taken to be the mean. Raises UserError.
+    """Its "numbers", which it prints; its "figures", which say how they were read; the "filters" of its Figures 2
+    ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero is not printed: before training it is the
+    middle of the range, as PyTorch draws them; after it, it is taken to be the mean. Raises UserError.
     """
     try:
         found = json.loads((HERE / "report.json").read_text(encoding="utf-8"))
@@ -213,11 +205,8 @@ def figures_of(run: str) -> list[dict]:
 
 
 def smoothness(filters: np.ndarray) -> tuple[float, int]:
-    """Percent of a filter's energy in its three smoothest patterns, the mean over filters; and over how many that is:
-    filters that are zero have none. White noise has a third.
-
-    filters: [C_out, 3, 3, 3]. The patterns are those of the two-dimensional cosine transform: constant, horizontal ramp,
-    vertical ramp; of nine.
+    """Percent of a filter's energy in three of the cosine transform's nine patterns, the constant and both ramps; mean
+    over filters [C_out, 3, 3, 3], and over how many: those that are zero have none. White noise has a third.
     """
     energy = (dctn(filters.astype(float), axes=(2, 3), norm="ortho") ** 2).sum(1)  # [C_out, 3, 3]
     total = energy.sum((1, 2))
@@ -362,7 +351,6 @@ class ReportRow:
 
     @property
     def half(self) -> float:
-        """Of the interval."""
         return (self.interval[1] - self.interval[0]) / 2
 
     @property

@@ -1,23 +1,34 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.models.vgg import make_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
+import q4_vgg_transfer
 from common import Split, find_data_dir, load_cifar10, load_sample
 
+torch.set_flush_denormal(True)  # as the scripts do, before torch starts its threads
 NARROW = (8, 16, 16, 16, 16)  # channels: where the network's width does not matter
+NARROW_VGG = [8, "M", 16, "M", 16, "M", 16, "M", 512, "M"]
+
+
+def make_narrow(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(common, "CHANNELS", NARROW)
+    patch.setattr(q4_vgg_transfer, "vgg11_bn", lambda: SimpleNamespace(features=make_layers(NARROW_VGG, True)))
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(common, "CHANNELS", NARROW)
+    make_narrow(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +39,26 @@ def sample():
 @pytest.fixture(scope="session")
 def small(sample):
     """A few real images: 120 to train, 50 to validate, 50 to test."""
-    spread = {
-        part: torch.randperm(len(split), generator=torch.Generator().manual_seed(1)) for part, split in sample.items()
-    }
-    sizes = {"train": 120, "validation": 50, "test": 50}
-    return {p: Split(s.images[spread[p][: sizes[p]]], s.labels[spread[p][: sizes[p]]]) for p, s in sample.items()}
+    found = {}
+    for part, images in {"train": 120, "validation": 50, "test": 50}.items():
+        chosen = torch.randperm(len(sample[part]), generator=torch.Generator().manual_seed(1))[:images]
+        found[part] = Split(sample[part].images[chosen], sample[part].labels[chosen])
+    return found
+
+
+@pytest.fixture
+def quick(narrow, small, monkeypatch):
+    """A narrow network, and a few images in place of the sample and of CIFAR-10."""
+    monkeypatch.setattr(common, "load_sample", lambda: small)
+    monkeypatch.setattr(common, "load_cifar10", lambda _: small)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -42,30 +68,40 @@ def official():
     return load_cifar10(find_data_dir())
 
 
-def start(*args: str, script: str = "q1_convnet", processes: int = 1) -> subprocess.Popen:
-    """A real process of a narrow network on the sample, under torchrun where there are several; its standard error can
-    be read line by line.
-    """
-    code = f"import common; common.CHANNELS = {NARROW}; import {script}; {script}.main()"
-    command = ["-c", code]
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
-        command = [*torchrun, sys.executable, *command]
-    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *command, "--sample", "--device=cpu", "--precision=fp32", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def folders(path: Path) -> list[str]:
     """The options that keep a run's files in one folder."""
     return [f"--output-dir={path / 'out'}", f"--checkpoint-dir={path / 'checkpoints'}"]
+
+
+def three_epochs(path: Path) -> list[str]:
+    return ["--sample", "--epochs=3", "--device=cpu", "--precision=fp32", *folders(path)]
+
+
+def start(path: Path, script: str = "q1_convnet", processes: int = 1) -> subprocess.Popen:
+    """Three epochs of a narrow network in a real process, under torchrun where there are several; its standard error
+    can be read line by line.
+    """
+    code = f"import common; common.CHANNELS = {NARROW}; import {script}; {script}.main()"
+    command = ["-c", code, *three_epochs(path)]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
+        command = [*torchrun, sys.executable, *command]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], **pipes, env=environment)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Question 1, narrow, on the sample, three epochs, from the command line: its folder, its output and its errors."""
     folder = tmp_path_factory.mktemp("finished")
-    process = start("--epochs=3", *folders(folder))
+    process = start(folder)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return folder, out, err
+
+
+def checkpoint(folder: Path) -> dict:
+    """The only one in the folder of `folders`."""
+    (path,) = (folder / "checkpoints").glob("*.pt")
+    return torch.load(path, weights_only=True)

@@ -13,12 +13,9 @@ def make(
 ) -> Result:
     """A result with these accuracies, of two epochs unless `curves` says more."""
     alike, validation = (test if value is None else value for value in (alike, validation))
-    curves = {
-        "train_loss": [1.0, 0.5],
-        "validation_loss": [1.1, 0.9],
-        "validation_accuracy": [validation - 1, validation],
-        "seconds": [1.0, 1.0],
-    } | (curves or {})
+    losses = {"train_loss": [1.0, 0.5], "validation_loss": [1.1, 0.9]}
+    accuracies = {"validation_accuracy": [validation - 1, validation], "seconds": [1.0, 1.0]}
+    curves = losses | accuracies | (curves or {})
     curves = {name: np.array(values, float) for name, values in curves.items()}
     tests = {(w, i): v for w in ("best", "last") for i, v in (("all_images", test), ("report_images", alike))}
     return Result(

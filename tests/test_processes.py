@@ -9,62 +9,15 @@ import signal
 
 import pytest
 import torch
-from conftest import NARROW, folders, start
+from conftest import checkpoint, start, three_epochs
 
 import common
+import q1_convnet
 from common import Run, Settings, build, load_sample, make_optimizer, train_epoch
 from parts import machine
 
 FIRST_STEPS, STEP_TOLERANCE = 10, 2e-3
 CPU = torch.device("cpu")
-
-
-def checkpoint(folder):
-    (path,) = (folder / "checkpoints").glob("*.pt")
-    return torch.load(path, weights_only=True)
-
-
-def kill_rank_one(launcher: int) -> None:
-    """SIGKILL the process of rank 1 among the launcher's children."""
-    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                parent = int(file.read().rsplit(")", 1)[1].split()[1])
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                environment = file.read().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher and b"RANK=1" in environment:
-            return os.kill(pid, signal.SIGKILL)
-    pytest.fail("there is no process of rank 1")
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the process to kill in /proc")
-def test_two_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, tmp_path):
-    process = start("--epochs=3", *folders(tmp_path), processes=2)
-    for line in process.stderr:
-        if "epoch 1/3" in line:  # written when the epoch is over
-            break
-    else:
-        pytest.fail("ended before the second epoch")
-    kill_rank_one(process.pid)
-    process.communicate()
-    assert process.returncode != 0
-    two = checkpoint(tmp_path)
-    epochs = len(two["history"])
-    assert 1 <= epochs < 3 and two["environments"][0]["processes"] == 2
-    losses = [state["step_losses"][0][:FIRST_STEPS] for state in (two, checkpoint(finished[0]))]
-    torch.testing.assert_close(*losses, atol=STEP_TOLERANCE, rtol=0)
-
-    process = start("--epochs=3", *folders(tmp_path))
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"epoch {epochs + 1}/3" in err and f"epoch {epochs}/3" not in err
-    resumed = checkpoint(tmp_path)
-    assert [e["processes"] for e in resumed["environments"]] == [2, 1]
-    assert [len(losses) for losses in resumed["step_losses"]] == [len(resumed["step_losses"][0])] * 3
-
-
 CHANGES = {"adam": {}, "muon": {"optimizer": "muon", "filter_learning_rate": 0.1}, "batch norm": {"batch_norm": True}}
 
 
@@ -82,18 +35,49 @@ def one_step(changes: dict) -> dict:
     return found | {"loss": loss, "buffers": dict(model.named_buffers())}
 
 
-def work(rank: int, path: str, port: int) -> None:
-    """Main program of one of two processes."""
-    common.CHANNELS = NARROW
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
-    with machine.processes(CPU):
-        torch.save({name: one_step(changes) for name, changes in CHANGES.items()}, f"{path}.{rank}")
+def main() -> None:
+    """Of every process: a step of each kind, and then question 1."""
+    check_report = q1_convnet.check_report
+
+    def steps_first(question, args):  # the processes have joined
+        steps = {name: one_step(changes) for name, changes in CHANGES.items()}
+        torch.save(steps, args.output_dir.with_name(f"step.{machine.rank()}"))
+        args.output_dir.with_name(f"pid.{machine.rank()}").write_text(str(os.getpid()))
+        check_report(question, args)
+
+    q1_convnet.check_report = steps_first
+    q1_convnet.main()
 
 
-def test_one_step_of_two_processes_has_the_gradients_of_one(tmp_path, narrow):
-    torch.multiprocessing.spawn(work, (str(tmp_path / "step"), 29500 + os.getpid() % 1000), nprocs=2)
-    of_first, of_second = (torch.load(tmp_path / f"step.{rank}", weights_only=True) for rank in range(2))
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of two processes, the second of which was killed after the first epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = start(folder, script="test_processes", processes=2)
+    while "epoch 1/3" not in (line := process.stderr.readline()):  # written when the epoch is over
+        assert line, "the processes ended early"
+    os.kill(int((folder / "pid.1").read_text()), signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    return folder
+
+
+def test_two_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, killed, narrow, capsys):
+    two = checkpoint(killed)
+    epochs = len(two["history"])
+    assert 1 <= epochs < 3 and two["environments"][0]["processes"] == 2
+    losses = [state["step_losses"][0][:FIRST_STEPS] for state in (two, checkpoint(finished[0]))]
+    torch.testing.assert_close(*losses, atol=STEP_TOLERANCE, rtol=0)
+    q1_convnet.main(three_epochs(killed))
+    err = capsys.readouterr().err
+    assert f"epoch {epochs + 1}/3" in err and f"epoch {epochs}/3" not in err
+    resumed = checkpoint(killed)
+    assert [e["processes"] for e in resumed["environments"]] == [2, 1]
+    assert [len(losses) for losses in resumed["step_losses"]] == [len(resumed["step_losses"][0])] * 3
+
+
+def test_one_step_of_two_processes_has_the_gradients_of_one(killed, narrow):
+    of_first, of_second = (torch.load(killed / f"step.{rank}", weights_only=True) for rank in range(2))
     for name in ("adam", "muon"):
         one, two = one_step(CHANGES[name]), of_first[name]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -107,17 +91,7 @@ def test_one_step_of_two_processes_has_the_gradients_of_one(tmp_path, narrow):
     assert not torch.allclose(buffers["features.1.running_mean"], alone["features.1.running_mean"], rtol=1e-4, atol=0)
 
 
-def test_parts_of_a_batch_cover_it_once(monkeypatch):
-    for n, world in ((200, 2), (101, 3), (2, 4)):
-        monkeypatch.setattr(machine, "world_size", lambda world=world: world)
-        parts = []
-        for rank in range(world):
-            monkeypatch.setattr(machine, "rank", lambda rank=rank: rank)
-            parts += list(range(n))[machine.my_part(n)]
-        assert parts == list(range(n))
-
-
-def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch):
+def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch, narrow):
     monkeypatch.setattr(common, "world_size", lambda: 2)
     for batch_norm, device, recorded in ((True, "cpu", True), (False, "cpu", False), (True, "cuda", False)):
         state = {"history": [{}], "environments": []}
