@@ -139,12 +139,13 @@ def our_loop(run: Run, network: Callable, data_dir: Path | None, device: torch.d
     options = argparse.Namespace(sample=run.settings.data == "cifar10-sample", data_dir=data_dir)
     images, model = common.load_data(options, device)["train"], build(run, device, network)
     optimizer = common.make_optimizer(model, run.settings, device)
+    scaler = common.make_scaler(run.settings, device)
 
     def train(steps: int) -> None:
         index = torch.arange(steps * run.settings.batch_size) % len(images)  # the sample's come again
         split = Split(images.images[index], images.labels[index])
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
-            common.train_epoch(model, optimizer, split, run.settings, 1, bar)
+            common.train_epoch(model, optimizer, scaler, split, run.settings, 1, bar)
 
     return train
 

@@ -76,7 +76,7 @@ class Settings:
     filter_learning_rate: float | None = None  # Muon's
     schedule: str = "exponential"  # of the learning rates, by lr_decay; or "linear": to zero over all steps
     label_smoothing: float = 0.0  # of the loss that is trained on; what is recorded is the plain cross entropy
-    precision: str = "auto"  # becomes fp32 or bf16: see `choose_precision`
+    precision: str = "auto"  # becomes fp32, bf16 or fp16: see `choose_precision`
     seed: int = 0
     epochs: int = 20
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
@@ -304,8 +304,6 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-Optimizer = torch.optim.Optimizer | MuonAndSGD
-
 
 def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, prepare=None) -> dict:
     """Train `model`, as `build` made it, on from its checkpoint at `path`, until the run's epochs or patience end.
@@ -320,10 +318,11 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     if stops_after(history, settings):
         return state
     machine.announce(f"{run.name} seed {settings.seed}", device, settings.precision)
-    optimizer = make_optimizer(model, settings, device)
+    optimizer, scaler = make_optimizer(model, settings, device), make_scaler(settings, device)
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state.get("scaler", {}))
     start = time.perf_counter()
     data = prepare(model, data, settings) if prepare else data
     network = machine.distribute(model, device)
@@ -331,7 +330,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
         while not stops_after(history, settings):
             epoch = len(history) + 1
             progress.set_description_str(f"{run.name} seed {settings.seed}: epoch {epoch}/{settings.epochs}")
-            train_loss, step_losses = train_epoch(network, optimizer, data["train"], settings, epoch, progress)
+            train_loss, step_losses = train_epoch(network, optimizer, scaler, data["train"], settings, epoch, progress)
             share_buffers(model)
             lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
             history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
@@ -343,7 +342,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
                 state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
             note_environment(state, model, device, settings.precision)
             history[-1]["seconds"] = round(time.perf_counter() - start, 2)
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_checkpoint(path, state)
             print_epoch(progress, run, history)
             start = time.perf_counter()
@@ -351,7 +350,13 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
 
 
 def train_epoch(
-    model: nn.Module, optimizer: Optimizer, split: Split, settings: Settings, epoch: int, progress: tqdm
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    split: Split,
+    settings: Settings,
+    epoch: int,
+    progress: tqdm,
 ) -> tuple[float, Tensor]:
     """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that
     of every step's batch, float32 [steps] on the CPU. Raises UserError when the loss is not finite.
@@ -372,8 +377,9 @@ def train_epoch(
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.label_smoothing) / len(index)
         optimizer.zero_grad(set_to_none=True)
-        (loss * world_size()).backward()  # DistributedDataParallel averages the gradients over the processes
-        optimizer.step()
+        scaler.scale(loss * world_size()).backward()  # DistributedDataParallel averages the gradients over processes
+        scaler.step(optimizer)
+        scaler.update()
         step_losses.append(F.cross_entropy(logits.detach(), labels, reduction="sum") / len(index))
         total += step_losses[-1] * len(index)
         seen += len(index)
@@ -463,11 +469,17 @@ def build(run: Run, device: torch.device, network: Callable[[Settings], nn.Modul
 
 
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    """Convolutions and matrix products in bfloat16, weights and optimiser in float32; with fp32, nothing changes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    """Convolutions and matrix products in the run's precision, weights and optimiser in float32."""
+    dtype = machine.computing_dtype(settings.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> Optimizer:
+def make_scaler(settings: Settings, device: torch.device) -> torch.amp.GradScaler:
+    """Scales losses in fp16, where small gradients would vanish; does nothing else."""
+    return torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+
+
+def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
     if settings.optimizer == "muon":
         return MuonAndSGD(model, settings.learning_rate, settings.filter_learning_rate, settings.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -533,7 +545,8 @@ def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     history                   one dict per epoch
     step_losses               per epoch the training loss of every step, float32 [steps]
     predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
-    model, best, optimizer    state dicts: the last weights, those of the best validation accuracy, the optimiser's
+    model, best               state dicts: the last weights, those of the best validation accuracy
+    optimizer, scaler         state dicts: the optimiser's, the loss scale's (fp16)
     """
     state = {"settings": settings.shaping(), "network": str(model), "environments": [], "history": []}
     return state | {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
@@ -699,7 +712,7 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where native and faster")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: what is fastest here")
     add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
     add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
     add("--figures", choices=("pdf", "svg"), help="write every figure in this format too")

@@ -57,25 +57,33 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where it is native and pays, else fp32. Raises UserError for bf16 where it would be emulated.
+    """`auto` is `fastest_precision`. Raises UserError for bf16 where it would be emulated.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
-    cpu = torch.cpu.get_capabilities()
+    cpu, capability = torch.cpu.get_capabilities(), None
     native = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+        capability = torch.cuda.get_device_capability(device)
     if name == "bf16" and not native:
         raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
-    if name != "auto":
-        return name
-    slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
-    return "bf16" if native and not slow else "fp32"
+    return fastest_precision(native and not slow, capability) if name == "auto" else name
+
+
+def fastest_precision(bf16_pays: bool, capability: tuple[int, int] | None = None) -> str:
+    """bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0, the V100,
+    and 7.5, the T4 and the RTX 20), with scaled losses; else fp32.
+    """
+    if bf16_pays:
+        return "bf16"
+    return "fp16" if capability in ((7, 0), (7, 5)) else "fp32"
 
 
 def computing_dtype(precision: str) -> torch.dtype:
     """What convolutions and matrix products are computed in."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def environment(device: torch.device, precision: str) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from parts.augment import ColorJitter, Cutout, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
+from parts.augment import ColorJitter, Cutout, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
 
 AUGMENTATIONS = [  # with settings that are not their defaults
     HorizontalFlip(p=0.3),
@@ -117,13 +117,6 @@ def test_p_is_the_share_of_changed_images(augmentation):
     for p in (0.0, augmentation.p, 1.0):
         applied = dataclasses.replace(augmentation, p=p).draw(10_000, generator(7))[0]
         assert abs(applied.sum().item() - 10_000 * p) <= 4 * math.sqrt(10_000 * p * (1 - p))  # exact for p 0 and 1
-
-
-def test_augmentations_follow_one_another():
-    images, rng, crop, cutout = make_images(12), generator(5), RandomCrop(), Cutout()
-    offsets, places = crop.draw(12, rng), cutout.draw(12, rng)
-    expected = cutout.apply(crop.apply(images, *offsets), *places)
-    assert torch.equal(augment(images, (crop, cutout), generator(5), 12), expected)
 
 
 @EVERY

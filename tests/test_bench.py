@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import torch
 
 import bench
-from common import Run, Settings, Split, build, convnet, make_optimizer, train_epoch
+from common import Run, Settings, Split, build, convnet, make_optimizer, make_scaler, train_epoch
 from parts.layers import Conv2d, Dropout
 from q4_vgg_transfer import VGG, vgg
 
@@ -16,7 +16,7 @@ def test_both_loops_take_the_same_step(small):
     settings, split = Settings(precision="fp32"), Split(small["train"].images[:24], small["train"].labels[:24])
     run = Run("bench", settings)
     ours = build(run, CPU)
-    train_epoch(ours, make_optimizer(ours, settings, CPU), split, settings, 1, SILENT)
+    train_epoch(ours, make_optimizer(ours, settings, CPU), make_scaler(settings, CPU), split, settings, 1, SILENT)
     plain, adam = bench.plain_setup(run, convnet, CPU)
     images, labels = split.batch(torch.arange(24), settings)
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}

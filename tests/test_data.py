@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
 from common import CLASSES, ROOT, SAMPLE_DIR, Settings, UserError, find_data_dir, load_cifar10
-from parts.augment import Cutout, RandomCrop, augment
+from parts.augment import Cutout, RandomCrop
 
 
 def test_the_official_split(official):
@@ -58,12 +58,14 @@ def test_a_batch_is_normalised_as_torchvision_does_it(sample):
 
 
 def test_parts_of_a_batch_are_augmented_as_the_whole(sample):
-    """Several processes draw what one would; without a generator the images stay as they are."""
-    split, index = sample["train"], torch.arange(10)
-    settings = Settings(augment=(RandomCrop(), Cutout()), mean=(0.0,) * 3, std=(1.0,) * 3)
+    """Several processes draw what one would, one augmentation after the other; without a generator images stay."""
+    split, index, crop, cutout = sample["train"], torch.arange(10), RandomCrop(), Cutout()
+    settings = Settings(augment=(crop, cutout), mean=(0.0,) * 3, std=(1.0,) * 3)
     plain, _ = split.batch(index, settings)
     assert torch.equal(plain, split.images[:10].float() / 255)
-    whole = augment(plain, settings.augment, torch.Generator().manual_seed(3), 10)
+    rng = torch.Generator().manual_seed(3)
+    offsets, places = crop.draw(10, rng), cutout.draw(10, rng)
+    whole = cutout.apply(crop.apply(plain, *offsets), *places)
     for part in (slice(0, 5), slice(5, 10), slice(None)):
         images, labels = split.batch(index, settings, torch.Generator().manual_seed(3), part)
         assert torch.equal(images, whole[part]) and torch.equal(labels, split.labels[index[part]])

@@ -48,6 +48,12 @@ def test_auto_is_bf16_where_it_pays(monkeypatch):
         choose_precision("bf16", CPU)
 
 
+def test_fp16_is_for_gpus_that_have_tensor_cores_for_nothing_wider():
+    capabilities = {(6, 1): "fp32", (7, 0): "fp16", (7, 5): "fp16", (8, 0): "fp32", None: "fp32"}  # without bfloat16
+    assert {c: machine.fastest_precision(False, c) for c in capabilities} == capabilities
+    assert machine.fastest_precision(True, (9, 0)) == "bf16"
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     """What a killed process left is written over."""
     target = tmp_path / "new" / "file"

@@ -68,7 +68,7 @@ def test_it_goes_on_from_its_saved_state(model):
 def test_every_parameter_has_one_optimiser_and_frozen_ones_none(narrow):
     model = ConvNet(batch_norm=True).to(memory_format=torch.channels_last)
     first = next(model.parameters()).requires_grad_(False)
-    matrices, others = (group["params"] for group in MuonAndSGD(model, **RATES).param_groups)
-    assert [tuple(m.shape) for m in matrices] == [(16, 9 * 8), *[(16, 9 * 16)] * 3]
-    counted = sum(p.numel() for p in [*matrices, *others])
+    filters, others = (group["params"] for group in MuonAndSGD(model, **RATES).param_groups)
+    assert [tuple(weight.shape) for weight in filters] == [(16, 8, 3, 3), *[(16, 16, 3, 3)] * 3]
+    counted = sum(p.numel() for p in [*filters, *others])
     assert counted == sum(p.numel() for p in model.parameters()) - first.numel()

@@ -13,7 +13,7 @@ from conftest import checkpoint, start, three_epochs
 
 import common
 import q1_convnet
-from common import Run, Settings, build, load_sample, make_optimizer, train_epoch
+from common import Run, Settings, build, load_sample, make_optimizer, make_scaler, train_epoch
 from parts import machine
 
 FIRST_STEPS, STEP_TOLERANCE = 10, 2e-3
@@ -29,7 +29,9 @@ def one_step(changes: dict) -> dict:
     model = build(Run("step", settings), CPU)
     optimizer = make_optimizer(model, settings, CPU)
     bar = common.make_progress(Run("step", settings), 101, 0)
-    loss, _ = train_epoch(machine.distribute(model, CPU), optimizer, split, settings, 1, bar)
+    loss, _ = train_epoch(
+        machine.distribute(model, CPU), optimizer, make_scaler(settings, CPU), split, settings, 1, bar
+    )
     common.share_buffers(model)
     found = {"gradients": [p.grad for p in model.parameters()], "weights": [p.data for p in model.parameters()]}
     return found | {"loss": loss, "buffers": dict(model.named_buffers())}

@@ -85,15 +85,38 @@ def test_a_gpu_repeats_itself_too(small, tmp_path):
     assert_same_training(*(follow(data, tmp_path / folder, device, **changes) for folder in ("one", "other")))
 
 
-@pytest.mark.parametrize("changes", [{}, MODERN], ids=["adam", "muon"])
+@pytest.mark.parametrize("changes", [{}, MODERN, MODERN | {"precision": "fp16"}], ids=["adam", "muon", "muon in fp16"])
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(small, tmp_path, changes):
-    """Optimiser's state, and a linear schedule's learning rates, go on."""
+    """Optimiser's state, the loss scale's, and a linear schedule's learning rates go on."""
     whole = follow(small, tmp_path / "whole", **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "print_epoch", interrupt)  # when the first epoch is saved
         with pytest.raises(KeyboardInterrupt):
             follow(small, tmp_path / "halves", **changes)
-    assert_same_training(follow(small, tmp_path / "halves", **changes), whole)
+    resumed = follow(small, tmp_path / "halves", **changes)
+    assert_same_training(resumed, whole)
+    assert resumed["scaler"] == whole["scaler"] and resumed["scaler"].get("_growth_tracker", 4) == 4  # steps
+
+
+def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
+    """One step of Muon and SGD on the same batch, in fp16 and fp32; a gradient that overflows is left out."""
+    updates = {}
+    for precision, bias in (("fp32", 0.0), ("fp16", 0.0), ("fp16", float("inf"))):
+        settings = dataclasses.replace(SETTINGS, precision=precision, dropout=0.0, augment=(), **MODERN)
+        model = common.build(Run("test", settings), CPU)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer, scaler = common.make_optimizer(model, settings, CPU), common.make_scaler(settings, CPU)
+        images, labels = small["train"].batch(torch.arange(80), settings)
+        with common.autocast(settings, CPU):
+            logits = model(images).float()
+        scaler.scale(nn.functional.cross_entropy(logits, labels)).backward()
+        model.classifier.bias.grad += bias
+        model.classifier.weight.grad += bias
+        scaler.step(optimizer)
+        scaler.update()
+        updates[precision, bias] = [(a - b).norm().item() for a, b in zip(model.parameters(), before)]
+    assert updates["fp16", 0.0] == pytest.approx(updates["fp32", 0.0], rel=0.05, abs=1e-4)
+    assert scaler.get_scale() == 2**15 and updates["fp16", float("inf")][-1] == 0.0
 
 
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, capsys):
