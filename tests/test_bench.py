@@ -1,14 +1,11 @@
-from types import SimpleNamespace
-
 import torch
 
 import bench
-from common import Run, Settings, Split, build, convnet, make_optimizer, make_scaler, train_epoch
+from common import Run, Settings, Split, build, convnet, make_optimizer, make_progress, make_scaler, train_epoch
 from parts.layers import Conv2d, Dropout
 from q4_vgg_transfer import VGG, vgg
 
 CPU = torch.device("cpu")
-SILENT = SimpleNamespace(update=lambda *_: None, set_postfix_str=lambda *_, **__: None)  # a progress bar
 
 
 def test_both_loops_take_the_same_step(small):
@@ -16,7 +13,15 @@ def test_both_loops_take_the_same_step(small):
     settings, split = Settings(precision="fp32"), Split(small["train"].images[:24], small["train"].labels[:24])
     run = Run("bench", settings)
     ours = build(run, CPU)
-    train_epoch(ours, make_optimizer(ours, settings, CPU), make_scaler(settings, CPU), split, settings, 1, SILENT)
+    train_epoch(
+        ours,
+        make_optimizer(ours, settings, CPU),
+        make_scaler(settings, CPU),
+        split,
+        settings,
+        1,
+        make_progress(run, 24, 0),
+    )
     plain, adam = bench.plain_setup(run, convnet, CPU)
     images, labels = split.batch(torch.arange(24), settings)
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
@@ -26,7 +31,7 @@ def test_both_loops_take_the_same_step(small):
             assert ((a - b).norm() / (b - start[name]).norm()).item() < 0.1, name
 
 
-def test_the_plain_network_is_pytorchs_own_with_our_weights():
+def test_the_plain_network_is_pytorchs_own_with_our_weights(narrow):
     for settings, network in ((Settings(dropout=0.5), convnet), (VGG, vgg)):
         ours = build(Run("bench", settings), CPU, network)
         plain, _ = bench.plain_setup(Run("bench", settings), network, CPU)

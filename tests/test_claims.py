@@ -32,11 +32,6 @@ def test_marks(part, mark):
     assert judge(part, LEVEL)["mark"] == mark
 
 
-def test_one_seed_and_nothing_to_pool_has_no_interval():
-    found = judge(better("a", "b"), {name: results[:1] for name, results in LEVEL.items()})
-    assert found["mark"] == "one seed" and found["half"] is None and found["difference"] == 2.0
-
-
 def test_a_run_is_weighed_against_the_best_of_the_others():
     tests = {"first": 84, "second": 82, "third": 83}
     results = {run: seeds(run, [test, test + 0.1], batch_size=test) for run, test in tests.items()}

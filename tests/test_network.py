@@ -9,23 +9,17 @@ from torch import nn
 from common import ConvNet, all_parameters, count_parameters, describe, visualize_filters
 
 
-def test_parameter_counts_are_the_reports():
+def test_parameter_counts_are_the_reports_and_every_layers_its_formulas():
     with torch.device("meta"):
-        assert count_parameters(ConvNet()) == 7_678_474
-        assert count_parameters(ConvNet(batch_norm=True)) == 7_682_826
-        assert count_parameters(ConvNet(dropout=0.5)) == 7_678_474
-
-
-def test_every_layer_agrees_with_the_reports_formulas():
-    with torch.device("meta"):
-        plain, batch_norm = ConvNet(), ConvNet(batch_norm=True)
+        plain, batch_norm, dropout = ConvNet(), ConvNet(batch_norm=True), ConvNet(dropout=0.5)
     counted = [layer["parameters"] for layer in all_parameters(plain)["layers"]]
     assert counted == [3_584, 590_336, 2_359_808, 2_359_808, 2_359_808, 5_130]
-    for model in (plain, batch_norm):
+    for model, total in ((plain, 7_678_474), (batch_norm, 7_682_826), (dropout, 7_678_474)):
         parameters = all_parameters(model)
+        assert count_parameters(model) == total == parameters["trainable"]
         assert all(layer["parameters"] == layer["formula"] for layer in parameters["layers"])
-        assert sum(layer["formula"] for layer in parameters["layers"]) == parameters["trainable"]
-        assert str(model) in describe(model) and f"{parameters['trainable']:,}" in describe(model)
+        assert sum(layer["formula"] for layer in parameters["layers"]) == total
+        assert str(model) in describe(model) and f"{total:,}" in describe(model)
 
 
 def test_layers_stand_in_the_order_of_figure_10(narrow):

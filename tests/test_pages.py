@@ -149,18 +149,3 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
     page.update_report(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     line = f"convnet is trained and its result written, but not all pictures and pages: {path}"
     assert line in capsys.readouterr().err
-    shutil.rmtree(root / "q3")
-    (root / "q2").mkdir()
-    (root / "q2/claims.json").write_text("{")
-    with pytest.raises(UserError, match="claims.json is damaged: delete it"):
-        page.check_report(q1_convnet.QUESTION, args)
-
-
-def test_results_trained_by_parts_of_a_batch_stand_ins_and_mixed_precisions_are_named(tmp_path):
-    args = Namespace(output_dir=tmp_path, sample=False)
-    found = [make("batchnorm", seed, question="q2", batch_norm=True, weights="a.pth sha256:01") for seed in (0, 2)]
-    found[0].environments[0]["batch_norm"] = "over each process's part of the batch"
-    found[1].settings["precision"] = "bf16"
-    content = page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": found}, args)
-    assert content["by_parts"] == ["batch norm"] and content["stand_ins"] == ["a.pth sha256:01"]
-    assert "2/2, 2/2 (seed 0, 2) (bf16, fp32)" in [row[1] for row in content["table"]]

@@ -1,6 +1,4 @@
-"""Question 4: the network, cached features, and weights as people save them. The backbone is narrow where that does not
-matter.
-"""
+"""Question 4: the network (narrow where its width does not matter), cached features, and weights as people save them."""
 
 import dataclasses
 import hashlib
