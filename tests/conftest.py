@@ -18,12 +18,12 @@ from common import Split, find_data_dir, load_cifar10, load_sample
 
 torch.set_flush_denormal(True)  # as the scripts do, before torch starts its threads
 NARROW = (8, 16, 16, 16, 16)  # channels: where the network's width does not matter
-NARROW_VGG = [8, "M", 16, "M", 16, "M", 16, "M", 512, "M"]
 
 
 def make_narrow(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(common, "CHANNELS", NARROW)
-    patch.setattr(q4_vgg_transfer, "vgg11_bn", lambda: SimpleNamespace(features=make_layers(NARROW_VGG, True)))
+    layers = [8, "M", 16, "M", 16, "M", 16, "M", 512, "M"]
+    patch.setattr(q4_vgg_transfer, "vgg11_bn", lambda: SimpleNamespace(features=make_layers(layers, batch_norm=True)))
 
 
 @pytest.fixture

@@ -13,15 +13,8 @@ def test_both_loops_take_the_same_step(small):
     settings, split = Settings(precision="fp32"), Split(small["train"].images[:24], small["train"].labels[:24])
     run = Run("bench", settings)
     ours = build(run, CPU)
-    train_epoch(
-        ours,
-        make_optimizer(ours, settings, CPU),
-        make_scaler(settings, CPU),
-        split,
-        settings,
-        1,
-        make_progress(run, 24, 0),
-    )
+    optimizer, scaler = make_optimizer(ours, settings, CPU), make_scaler(settings, CPU)
+    train_epoch(ours, optimizer, scaler, split, settings, 1, make_progress(run, 24, 0))
     plain, adam = bench.plain_setup(run, convnet, CPU)
     images, labels = split.batch(torch.arange(24), settings)
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}

@@ -174,6 +174,12 @@ def test_the_learning_rates_of_every_step(small, tmp_path, monkeypatch, schedule
     assert [h["lr"] for h in history] == pytest.approx(rates[::2])
 
 
+def test_smoothed_labels_are_trained_on_and_the_plain_loss_is_recorded(small, tmp_path):
+    plain = follow(small, tmp_path, epochs=1)["step_losses"][0]
+    smoothed = follow(small, tmp_path, label_smoothing=0.5, epochs=1)["step_losses"][0]
+    assert plain[0] == smoothed[0] and plain[1] != smoothed[1]  # before the first update, and after it
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_path):
     follow(small, tmp_path, epochs=1)
     path = tmp_path / f"{SETTINGS.key()}.pt"

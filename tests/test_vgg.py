@@ -81,7 +81,8 @@ def test_what_moves_in_the_backbone(weights, small, tmp_path, backbone):
     model = build(run, weights)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert all(torch.equal(fresh[f"features.{name}"], tensor) for name, tensor in weights.items())
-    after = trained(run, weights, small, tmp_path, features_if_frozen)["model"]
+    prepare = None if backbone == "frozen" else features_if_frozen
+    after = trained(run, weights, small, tmp_path, prepare)["model"]
     moved = {name for name in fresh if not torch.equal(after[name], fresh[name])}
     statistics = {name for name in weights if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     expected = {"frozen": set(), "frozen, training mode": statistics, "trained": weights.keys()}[backbone]
