@@ -14,9 +14,10 @@ Printed: the machine, and three tables.
   the peak memory of each process (on CUDA: of its tensors; else all of it, without the DataLoader's workers).
 - On a CPU, every convolution of the networks in our precision, direction by direction: ms of PyTorch's kernel and of
   the matrix product (parts/layers.py); a star marks what the rule for this CPU chooses.
-- Augmentation: ms per batch of 200, torchvision's on PIL images one by one on one thread, and ours.
+- Augmentation: ms per batch of 200, torchvision's on PIL images one by one, as in a DataLoader's worker, and ours.
 
-Two CPU cores need about ten minutes, a GPU a minute or two. Let the machine do nothing else meanwhile.
+Two CPU cores need about ten minutes in bfloat16 and several times that without, a GPU a minute or two. Let the machine
+do nothing else meanwhile.
 """
 
 import argparse
@@ -38,7 +39,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10
@@ -53,7 +53,8 @@ from parts.layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, prod
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, vgg
 
-WARM_UP = 3  # steps
+WARM_UP = 3  # steps, or calls
+CPU = torch.device("cpu")
 LOADER_WORKERS = 2  # of the plain loop. A batch takes 20 ms of CPU to load: nothing beside a CPU step, much for a GPU
 SETTLE_SECONDS = 1  # after a turn the DataLoader works ahead, by up to 4 batches, which the plain loop gets for free
 PIL_CROP_FLIP = [T.RandomCrop(32, CROP.padding, padding_mode="reflect"), T.RandomHorizontalFlip(FLIP.p)]
@@ -157,14 +158,19 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def read_clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def take_turn(make_loop: Callable, what: tuple, steps: int) -> tuple[float, float]:
     """In a process of its own: train for so many steps; returns ms per step, and the peak memory."""
     train, device = make_loop(*what), what[-1]
-    start = time.perf_counter()
+    start = read_clock(device)
     train(steps)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    ms = 1000 * (time.perf_counter() - start) / steps
+    ms = 1000 * (read_clock(device) - start) / steps
     time.sleep(SETTLE_SECONDS)
     return ms, peak_memory(device)
 
@@ -187,10 +193,14 @@ def print_training(run: Run, network: Callable, args: argparse.Namespace, device
     print(f"{run.name:<20}{cells}{ratio:>23}" + "".join(f"{memory:>8.0f}" for _, memory in rounds[-1]))
 
 
-def measure_ms(function: Callable, *args, threads: int | None = None) -> float:
-    names = {"function": function, "args": args}
-    timer = Timer("function(*args)", globals=names, num_threads=threads or torch.get_num_threads())
-    return 1000 * timer.blocked_autorange(min_run_time=0.3).median
+def measure_ms(device: torch.device, function: Callable, *args) -> float:
+    """The median of several calls, after those that warm up."""
+    seconds = []
+    for _ in range(2 * WARM_UP):
+        start = read_clock(device)
+        function(*args)
+        seconds.append(read_clock(device) - start)
+    return 1000 * statistics.median(seconds[WARM_UP:])
 
 
 def convolution_shapes() -> list[tuple[int, int, int]]:
@@ -212,12 +222,12 @@ def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, product: b
     images = torch.randn(200, c_in, size, size).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(c_out, c_in, 3, 3).to(dtype, memory_format=torch.channels_last)
     others = torch.zeros(c_out, dtype=dtype), Directions(product, product, product)
-    times = [measure_ms(ConvolutionAsProduct.apply, images, weight, *others)]
+    times = [measure_ms(CPU, ConvolutionAsProduct.apply, images, weight, *others)]
     for wanted in (images, weight):
         wanted.requires_grad_()
         output = ConvolutionAsProduct.apply(images, weight, *others)
         backward = functools.partial(torch.autograd.grad, output, wanted, torch.randn_like(output), retain_graph=True)
-        times.append(measure_ms(backward))
+        times.append(measure_ms(CPU, backward))
         wanted.requires_grad_(False)
     return times
 
@@ -245,8 +255,8 @@ def print_augmentation(images: Tensor) -> None:
     pil, floats, rng = [to_pil_image(image) for image in images.cpu()], images / 255, torch.Generator()
     print(f"\n{f'augmenting {len(images)} images':<32}{'PIL ms':>9}{'ours ms':>9}{'times faster':>14}")
     for name, (ours, theirs) in AUGMENTATIONS.items():
-        pil_ms = measure_ms(augment_pil, pil, T.Compose(theirs), threads=1)  # as in a DataLoader's worker
-        our_ms = measure_ms(augment, floats, ours, rng, len(images))
+        pil_ms = measure_ms(CPU, augment_pil, pil, T.Compose(theirs))
+        our_ms = measure_ms(images.device, augment, floats, ours, rng, len(images))
         print(f"{name:<32}{pil_ms:>9.1f}{our_ms:>9.1f}{pil_ms / our_ms:>14.1f}")
 
 

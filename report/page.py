@@ -160,6 +160,7 @@ def question_content(question: Question, results: Results, args: argparse.Namesp
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
         "noise": numbers.steady_noise(results.values(), "test"),
+        "noise_once": numbers.steady_noise(results.values(), "test", by_epochs=False),
         "by_parts": [name_of(run) for run in by_parts],
     }
 
@@ -299,11 +300,13 @@ def write_overview(root, args: argparse.Namespace) -> None:
         save_figure(figures.plot_overview(rows), root / "overview.png", args.figures)
         if claims:
             save_figure(figures.plot_claims(claims), root / "claims.png", args.figures)
-        noise, best = (
-            numbers.noise_alike((row.results for row in rows), "ConvNet"),
-            numbers.read_run(root / "q5/strong"),
-        )
-        content |= {"rows": rows, "noise": noise, "claims": claims, "tally": tally(claims), "best": best}
+        content |= {
+            "rows": rows,
+            "claims": claims,
+            "tally": tally(claims),
+            "best": numbers.read_run(root / "q5/strong"),
+        }
+        content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
         content |= augmentations(root) | habits(root)
     write_page(root / "README.md", "overview.md.jinja", content)
 
@@ -343,14 +346,14 @@ def augmentations(root) -> dict:
 
 
 def habits(root) -> dict:
-    """What tells what the report's ways of measuring are worth: trainings of its questions, each read once, and readings
-    that stopped early.
+    """What tells what the report's ways of measuring are worth: the readings of its questions' trainings, those that
+    several questions share once, and those that stopped early apart.
     """
-    trainings, stopped = {}, []
+    readings, stopped = {}, []
     for question in numbers.the_report()["numbers"]:
         for result in chain(*numbers.read_question(root / question, [], sample=False).values()):
             if result.settings["patience"]:
                 stopped.append(result)
             else:
-                trainings[result.training(), result.settings["epochs"], result.seed] = result
-    return {"trainings": list(trainings.values()), "stopped": stopped}
+                readings[result.training(), result.settings["epochs"], result.seed] = result
+    return {"readings": list(readings.values()), "stopped": stopped}

@@ -50,6 +50,15 @@ def test_a_damaged_result_is_named(q1, damage):
         read_question(q1, [], sample=False)
 
 
+@pytest.mark.parametrize("content", [None, '{"numbers": {}}'])
+def test_the_reports_numbers_are_a_part_of_the_repository(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(numbers, "HERE", tmp_path)
+    if content:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UserError, match="report.json .* is missing or damaged: restore it with git"):
+        numbers.the_report.__wrapped__()
+
+
 def test_results_of_other_settings_than_the_other_seeds_or_the_script_are_named(q1):
     declared = [Run("convnet", Settings(learning_rate=0.1))]
     with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):

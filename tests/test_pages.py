@@ -149,3 +149,15 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
     page.update_report(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     line = f"convnet is trained and its result written, but not all pictures and pages: {path}"
     assert line in capsys.readouterr().err
+    path.unlink()
+    (root / "q3/claims.json").write_text("{")
+    with pytest.raises(UserError, match="claims.json is damaged: delete it"):
+        page.check_report(q1_convnet.QUESTION, args)
+
+
+def test_a_page_names_stand_ins_and_batch_norm_by_parts(tmp_path):
+    found = make("batchnorm", question="q2", batch_norm=True, weights="a.pth sha256:0123abcd")
+    found.environments[0]["batch_norm"] = "over each process's part of the batch"
+    args = Namespace(output_dir=tmp_path, sample=False)
+    content = page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, args)
+    assert content["by_parts"] == ["batch norm"] and content["stand_ins"] == ["a.pth sha256:0123abcd"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import signal
 from contextlib import ExitStack
 
@@ -101,7 +102,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(small, tmp
 def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
     """One step of Muon and SGD on the same batch, in fp16 and fp32; a gradient that overflows is left out."""
     updates = {}
-    for precision, bias in (("fp32", 0.0), ("fp16", 0.0), ("fp16", float("inf"))):
+    for precision, bias in (("fp32", 0.0), ("fp16", 0.0), ("fp16", math.inf)):
         settings = dataclasses.replace(SETTINGS, precision=precision, dropout=0.0, augment=(), **MODERN)
         model = common.build(Run("test", settings), CPU)
         before = [p.detach().clone() for p in model.parameters()]
@@ -116,7 +117,7 @@ def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
         scaler.update()
         updates[precision, bias] = [(a - b).norm().item() for a, b in zip(model.parameters(), before)]
     assert updates["fp16", 0.0] == pytest.approx(updates["fp32", 0.0], rel=0.05, abs=1e-4)
-    assert scaler.get_scale() == 2**15 and updates["fp16", float("inf")][-1] == 0.0
+    assert scaler.get_scale() == 2**15 and updates["fp16", math.inf][-1] == 0.0
 
 
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, capsys):
@@ -190,6 +191,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_pat
     with pytest.raises(UserError, match="nan in epoch 2"):
         follow(small, tmp_path, epochs=2)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("which", "losses"), [("validation", [math.inf]), ("augmented validation", [1.0, math.inf])])
+def test_no_validation_loss_that_is_not_finite_reaches_the_history(small, monkeypatch, which, losses):
+    measured = iter(losses)
+    monkeypatch.setattr(common, "evaluate", lambda *_: (next(measured), torch.zeros(50)))
+    with pytest.raises(UserError, match=f"the {which} loss became inf"):
+        common.validate(fresh(small)[0], small["validation"], SETTINGS, 1)
 
 
 def test_a_last_batch_of_few_images_joins_the_one_before():
