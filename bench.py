@@ -24,7 +24,6 @@ import argparse
 import functools
 import itertools
 import multiprocessing
-import os
 import resource
 import signal
 import statistics
@@ -32,7 +31,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +47,7 @@ import common
 from common import Run, Settings, Split, build, convnet, positive
 from parts import machine
 from parts.augment import augment
-from parts.layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, product_rule
+from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, product_rule
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, vgg
 
@@ -145,8 +143,7 @@ def our_loop(run: Run, network: Callable, data_dir: Path | None, device: torch.d
     def train(steps: int) -> None:
         index = torch.arange(steps * run.settings.batch_size) % len(images)  # the sample's come again
         split = Split(images.images[index], images.labels[index])
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), tqdm() as bar:
-            common.train_epoch(model, optimizer, scaler, split, run.settings, 1, bar)
+        common.train_epoch(model, optimizer, scaler, split, run.settings, 1, tqdm(disable=True))
 
     return train
 
@@ -221,7 +218,7 @@ def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, product: b
     c_in, c_out, size = shape
     images = torch.randn(200, c_in, size, size).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(c_out, c_in, 3, 3).to(dtype, memory_format=torch.channels_last)
-    others = torch.zeros(c_out, dtype=dtype), Directions(product, product, product)
+    others = torch.zeros(c_out, dtype=dtype), [product] * 3
     times = [measure_ms(CPU, ConvolutionAsProduct.apply, images, weight, *others)]
     for wanted in (images, weight):
         wanted.requires_grad_()
@@ -240,7 +237,7 @@ def print_convolutions(precision: str) -> None:
     for shape in convolution_shapes():
         theirs, ours = (time_convolution(shape, dtype, product) for product in (False, True))
         cells = []
-        for their_ms, our_ms, product in zip(theirs, ours, product_rule("cpu", dtype).directions(shape[2] ** 2)):
+        for their_ms, our_ms, product in zip(theirs, ours, product_rule("cpu", dtype).products(shape[2] ** 2)):
             stars = ("", "*") if product else ("*", "")
             cells.append(f"{f'{their_ms:.1f}{stars[0]}':>10}{f'{our_ms:.1f}{stars[1]}':>9}")
         print(f"{'{} -> {}, {} x {}'.format(*shape, shape[2]):<28}{' '.join(cells)}")

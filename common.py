@@ -54,8 +54,7 @@ class Settings:
     """Everything one training is made of; the defaults are question 1's.
 
     All fields but `epochs` and `patience` shape the weights; those two are only a way of reading a training. (A linear
-    schedule ends with the last epoch, so there `epochs` shapes the weights too.) What differs from the defaults names
-    the checkpoint: a default never changes.
+    schedule ends with the last epoch, so there `epochs` shapes the weights too.)
     """
 
     network: str = "ConvNet"  # the name of its class
@@ -86,14 +85,15 @@ class Settings:
         return vars(self) | {"augment": [repr(a) for a in self.augment], "mean": [*self.mean], "std": [*self.std]}
 
     def shaping(self) -> dict:
-        """Those that shape the weights and are not at their default: a new field renames no checkpoint."""
-        values, defaults = self.as_dict(), Settings().as_dict()
+        """Those that shape the weights."""
         reading = {"patience"} if self.schedule == "linear" else {"patience", "epochs"}
-        return {k: v for k, v in values.items() if k not in reading and v != defaults[k]}
+        return {k: v for k, v in self.as_dict().items() if k not in reading}
 
     def key(self) -> str:
-        """Name of the checkpoint, the same in every process and question."""
-        digest = hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
+        """Name of the checkpoint, from what is not at its default: a new field renames none."""
+        defaults = Settings().as_dict()
+        named = {k: v for k, v in self.shaping().items() if v != defaults[k]}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
 
 
@@ -331,12 +331,11 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
             epoch = len(history) + 1
             progress.set_description_str(f"{run.name} seed {settings.seed}: epoch {epoch}/{settings.epochs}")
             train_loss, step_losses = train_epoch(network, optimizer, scaler, data["train"], settings, epoch, progress)
-            share_buffers(model)
             lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
             history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
-            history[-1] |= validate(model, data["validation"], settings, epoch)
+            history[-1] |= validate(network, data["validation"], settings, epoch)
             state["step_losses"].append(step_losses)
-            state["predictions"].append(evaluate(model, data["test"], settings)[1])
+            state["predictions"].append(evaluate(network, data["test"], settings)[1])
             state["filters"].append(first_filters(model))
             if best_epoch(history) == epoch:
                 state["best"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -350,13 +349,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    split: Split,
-    settings: Settings,
-    epoch: int,
-    progress: tqdm,
+    model, optimizer, scaler, split, settings: Settings, epoch: int, progress: tqdm
 ) -> tuple[float, Tensor]:
     """One pass over `split`; returns the mean of the training loss (cross entropy) as it was met on the way, and that
     of every step's batch, float32 [steps] on the CPU. Raises UserError when the loss is not finite.
@@ -367,7 +360,7 @@ def train_epoch(
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
     total, seen, step_losses = torch.zeros((), device=device), 0, []
-    batches = cut_batches(order, settings.batch_size)
+    batches = order.split(settings.batch_size)
     for step, index in enumerate(batches, 1):
         factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
         for group in optimizer.param_groups:
@@ -494,27 +487,10 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
     return settings.lr_decay ** int(epochs_done)
 
 
-def cut_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Numbers of images [N] -> batches of `size`. A last one of a few images joins the one before it: batch norm cannot
-    normalise one image, and several processes share a batch.
-    """
-    batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) < min(16, size):
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
         advice = "the epochs before are kept; lower the learning rate or try --precision fp32"
         raise UserError(f"the {name} loss became {loss} in epoch {epoch}: {advice}")
-
-
-def share_buffers(model: nn.Module) -> None:
-    """The first process's running statistics, for all."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 def make_progress(run: Run, images: int, epochs_done: int) -> tqdm:
@@ -539,7 +515,7 @@ def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
 def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     """What a checkpoint holds before the first epoch. Every epoch adds to it:
 
-    settings, network         what shaped the weights: see `Settings.shaping`; the printed network
+    settings, network         `Settings.shaping`; the printed network
     first_logits              what the fresh network puts out: see the function of that name
     environments              where the epochs were trained
     history                   one dict per epoch
@@ -558,7 +534,7 @@ def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
     Initialisation, order, augmentation and forward pass are all in it: where it differs, other code trained.
     """
     order = torch.randperm(len(split), generator=generator(settings.seed, 1, "order"))
-    index, rng = cut_batches(order, settings.batch_size)[0], generator(settings.seed, 1, "augment")
+    index, rng = order[: settings.batch_size], generator(settings.seed, 1, "augment")
     images, _ = split.batch(index, settings, rng, slice(32))
     model.eval()
     logits = model(images).float().cpu()
@@ -600,7 +576,7 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
                 raise zipfile.BadZipFile(bad)
         state = torch.load(path, weights_only=True, map_location="cpu")
         old, asked = state["settings"], settings.shaping()
-        different = [name for name in old | asked if old.get(name) != asked.get(name)]
+        different = [name for name in asked if old.get(name, asked[name]) != asked[name]]  # a default was edited
         shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
         same_network = state["network"] == str(model) and shapes == expected
         logits, spread = state.get("first_logits", first), (first - first.mean(0)).norm()
@@ -777,20 +753,19 @@ def train_runs(
         return
     for folder in (args.output_dir, args.checkpoint_dir):
         machine.require_writable(folder)
-    data, shown, renamed = load_data(args, device), set(), set()
+    data, shown = load_data(args, device), set()
     data = split(data) if split else data
-    kept = {} if args.fresh else {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
+    paths = {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
     hide = True if rank() else None  # None: without a terminal
-    for path, run in tqdm(kept.items(), "reading checkpoints", leave=False, delay=2, disable=hide):
-        if path.exists():
+    for path, run in tqdm(paths.items(), "reading checkpoints", leave=False, delay=2, disable=hide):
+        if args.fresh:
+            put_aside(path)
+        elif path.exists():
             model = build(run, device, network)
             load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
     for run in runs:
         path = checkpoint_path(args.checkpoint_dir, run.settings)
         with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
-            if args.fresh and path not in renamed and rank() == 0 and path.exists():
-                os.replace(path, path.with_suffix(".old"))
-            renamed.add(path)
             barrier()
             model = build(run, device, network)
             if str(model) not in shown and rank() == 0:
@@ -802,6 +777,13 @@ def train_runs(
             new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
         if new:
             yield run
+
+
+def put_aside(path: Path) -> None:
+    """--fresh: keep the checkpoint as .old. All of them at the start: then the same command without it goes on."""
+    if rank() == 0 and path.exists():
+        with file_lock(path.with_suffix(".lock")):
+            os.replace(path, path.with_suffix(".old"))
 
 
 def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:

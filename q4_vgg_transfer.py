@@ -169,7 +169,7 @@ def read_weights(content: bytes, path: Path):
 
 
 def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
-    """The tensors of vgg11_bn's features by their names there, float32, wherever they are in what people save: as it is or
+    """The tensors of vgg11_bn's features by their names there, wherever they are in what people save: as it is or
     under "state_dict", "net", "model", ...; behind any prefix ("module.", "features.", "_orig_mod.backbone.").
 
     Raises UserError where they are not there.
@@ -180,8 +180,7 @@ def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
     for tensors in found:
         for prefix in [name.removesuffix(start) for name in tensors if f".{name}".endswith(f".{start}")]:
             if all(getattr(tensors.get(prefix + name), "shape", None) == shape for name, shape in expected.items()):
-                features = {name: tensors[prefix + name] for name in expected}
-                return {name: t.float() if t.is_floating_point() else t for name, t in features.items()}
+                return {name: tensors[prefix + name] for name in expected}
     most = max(found, key=len, default={})
     there = f"{', '.join(list(most)[:3])}, ... ({len(most)} tensors)" if most else "no tensors"
     raise UserError(
@@ -201,17 +200,13 @@ def tensor_dicts(loaded) -> list[dict[str, Tensor]]:
 class FeatureSplit(Split):
     """The backbone's features of every image and of its mirror image, float32 [N, 2, 512], in place of the images."""
 
-    def __init__(self, features: Tensor, labels: Tensor):
-        super().__init__(features, labels)
-        self.features = features
-
     def batch(self, index, settings, rng=None, part=slice(None)):
         """As `Split.batch`, with the same draws: features [b, 512], of the mirror image where the draw says so."""
         chosen = index[part].to(self.labels.device)
         mirrored = torch.zeros(len(index), dtype=torch.bool)
         if rng is not None:
             (mirrored,) = MIRROR.draw(len(index), rng)
-        return self.features[chosen, mirrored[part].long().to(self.labels.device)], self.labels[chosen]
+        return self.images[chosen, mirrored[part].long().to(self.labels.device)], self.labels[chosen]
 
 
 @torch.no_grad()

@@ -11,16 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Directions(NamedTuple):
-    """The three results of a convolution's step: which of them are computed as one matrix product."""
-
-    output: bool = False
-    input_gradient: bool = False
-    weight_gradient: bool = False
-
-
 class ProductRule(NamedTuple):
-    """The largest output, in pixels per image, for which each direction is computed as a product; 0 is never.
+    """The largest output, in pixels per image, for which each of a convolution's results is computed as a product; 0 is
+    never.
 
     A fixed rule of the CPU, not a timing at start: a run must repeat. `bench.py` prints what it rests on.
     """
@@ -29,8 +22,9 @@ class ProductRule(NamedTuple):
     input_gradient: int = 0
     weight_gradient: int = 0
 
-    def directions(self, pixels: int) -> Directions:
-        return Directions(*(pixels <= limit for limit in self))
+    def products(self, pixels: int) -> tuple[bool, ...]:
+        """Which of the three are, for an output of so many pixels."""
+        return tuple(pixels <= limit for limit in self)
 
     def __str__(self) -> str:
         """As `environment` in the results records it."""
@@ -70,17 +64,18 @@ def as_images(pixels: Tensor, like: Tensor) -> Tensor:
 
 
 class ConvolutionAsProduct(torch.autograd.Function):
-    """F.conv2d with stride 1 and padding K // 2 for an odd kernel size K, some directions as one matrix product each.
+    """F.conv2d with stride 1 and padding K // 2 for an odd kernel size K, some results as one matrix product each:
+    products says it of the output, of the gradient of the input and of that of the weights.
 
-    apply(images [N, C_in, H, W], weight [C_out, C_in, K, K], bias [C_out], directions) -> [N, C_out, H, W].
+    apply(images [N, C_in, H, W], weight [C_out, C_in, K, K], bias [C_out], products) -> [N, C_out, H, W].
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, directions: Directions) -> Tensor:
+    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, products: tuple[bool, ...]) -> Tensor:
         ctx.save_for_backward(images, weight)
-        ctx.directions = directions
+        output, *ctx.products = products
         size = weight.shape[-1]
-        if not directions.output:
+        if not output:
             return F.conv2d(images, weight, bias, padding=size // 2)
         kernels = weight.permute(0, 2, 3, 1).flatten(1)  # [C_out, K * K * C_in]
         return as_images(F.linear(image_patches(images, size), kernels, bias), images)
@@ -91,16 +86,17 @@ class ConvolutionAsProduct(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         size, channels = weight.shape[-1], weight.shape[1]
         by_input = by_weight = None
-        wanted = [need and not product for need, product in zip(ctx.needs_input_grad, ctx.directions[1:])]
+        input_product, weight_product = ctx.products
+        wanted = [need and not product for need, product in zip(ctx.needs_input_grad, ctx.products)]
         if any(wanted):  # by PyTorch's kernels
             by_input, by_weight, _ = torch.ops.aten.convolution_backward(
                 gradient, images, weight, None, [1, 1], [size // 2] * 2, [1, 1], False, [0, 0], 1, [*wanted, False]
             )
         pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [N * H * W, C_out]
-        if ctx.needs_input_grad[0] and ctx.directions.input_gradient:
+        if ctx.needs_input_grad[0] and input_product:
             kernels = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)  # [K * K * C_out, C_in]
             by_input = as_images(image_patches(gradient, size) @ kernels, images)
-        if ctx.needs_input_grad[1] and ctx.directions.weight_gradient:
+        if ctx.needs_input_grad[1] and weight_product:
             kernels = pixels.T @ image_patches(images, size)  # [C_out, K * K * C_in]
             by_weight = kernels.view(-1, size, size, channels).permute(0, 3, 1, 2)
         by_bias = pixels.sum(0) if ctx.needs_input_grad[2] else None
@@ -108,9 +104,8 @@ class ConvolutionAsProduct(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d; on CPUs where it pays, some directions of small layers are computed as products of matrices.
-
-    Those with stride 1, padding K // 2, odd K and a bias: the convolutions of ConvNet and of VGG11_bn.
+    """nn.Conv2d; on CPUs where it pays, some results of small layers are computed as products of matrices: of those
+    that are as the convolutions of ConvNet and of VGG11_bn, 3 x 3 with a bias.
     """
 
     @classmethod
@@ -122,19 +117,17 @@ class Conv2d(nn.Conv2d):
         ours.weight, ours.bias = layer.weight, layer.bias
         return ours
 
-    def keeps_size(self) -> bool:
-        size = self.kernel_size[0]
-        simple = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
-        same = size % 2 == 1 and self.kernel_size == (size, size) and self.padding == (size // 2, size // 2)
-        return simple and same and self.bias is not None
+    def is_usual(self) -> bool:
+        shape = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups, self.padding_mode)
+        return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and self.bias is not None
 
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
-        directions = product_rule(device, dtype).directions(images.shape[2] * images.shape[3])
-        if not any(directions) or not self.keeps_size():
+        products = product_rule(device, dtype).products(images.shape[2] * images.shape[3])
+        if not any(products) or not self.is_usual():
             return super().forward(images)
-        return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), directions)
+        return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), products)
 
 
 class Dropout(nn.Dropout):

@@ -60,10 +60,10 @@ class Claim:
     note: str = ""  # where it is not quite the report's
 
 
-def mark_of(found: Difference, zone: tuple[float, float], seeds: int) -> str:
-    """Told by the 95 % interval, against the zone: inside, outside, or neither. seeds: of the run that has fewest."""
+def mark_of(found: Difference, zone: tuple[float, float]) -> str:
+    """Told by the 95 % interval, against the zone: inside, outside, or neither. Only a single seed leaves none."""
     if found.half is None:
-        return "one seed" if seeds == 1 else "cannot be told"
+        return "one seed"
     low, high = found.value - found.half, found.value + found.half
     if zone[0] < low and high < zone[1]:
         return "holds"
@@ -86,7 +86,7 @@ def judge(part: Part, results: Results) -> dict:
         found = Difference(mean(ours, part.on), own.half(1 / len(ours)) if own else None)
     return {
         "text": words(part, *runs[1:]),
-        "mark": mark_of(found, part.zone, min(len(results[name]) for name in runs)),
+        "mark": mark_of(found, part.zone),
         "runs": runs,
         "on": part.on,
         "difference": found.value,

@@ -3,10 +3,9 @@
 import io
 import textwrap
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -20,13 +19,9 @@ GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
 COLORS = {"holds": "tab:green", "reversed": "tab:red"}  # of marks; grey for all others
 
 
-@contextmanager
 def plain_style():
     """matplotlib's own defaults, whatever the user's matplotlibrc says: figures are the same for everyone."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["svg.hashsalt"] = MADE_BY
-        yield
+    return matplotlib.style.context({"svg.hashsalt": MADE_BY}, after_reset=True)
 
 
 def require_ours(path: Path) -> None:
@@ -203,7 +198,7 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
             save_figure(plot(found), path, also, stamp)
 
 
-BREAK, LEFT, RIGHT = 60, (0, 60), (60, 94)  # percent: below and above the break each axis has a scale of its own
+SCALE = (0, 60, 94), (0, 0.3, 1)  # percent, and how far to the right of the overview they are
 WIDE = 10  # points to either side: such a bar says little
 
 
@@ -213,29 +208,20 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     for row in rows:
         lines |= {heading_of(row): None, name_of(row.run): row}
     figure = Figure(figsize=(9.6, 0.255 * len(lines) + 1.2))
-    low, high = figure.subplots(1, 2, width_ratios=(0.42, 1), sharey=True, gridspec_kw={"wspace": 0.06})
-    for axes, limits in ((low, LEFT), (high, RIGHT)):
-        for place, row in enumerate(lines.values()):
-            if row:
-                plot_row(axes, place, row)
-            else:
-                axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0)
-        axes.set(xlim=limits, ylim=(len(lines) - 0.4, -0.6))
-        axes.grid(axis="x", alpha=0.3)
-    low.set_yticks(range(len(lines)), lines)
-    for label, row in zip(low.get_yticklabels(), lines.values()):
-        label.set_fontweight("normal" if row else "bold")
-    low.tick_params(axis="y", length=0)
-    high.tick_params(axis="y", left=False)
-    low.spines.right.set_visible(False)
-    high.spines.left.set_visible(False)
-    low.set_xticks((0, 20, 40))
-    for place, row in enumerate(lines.values()):
+    axes = figure.add_subplot(xlabel=f"test accuracy (%); the scale changes at {SCALE[0][1]}")
+    axes.set_xscale("function", functions=(lambda x: np.interp(x, *SCALE), lambda y: np.interp(y, *SCALE[::-1])))
+    axes.set(xlim=SCALE[0][::2], ylim=(len(lines) - 0.4, -0.6), xticks=(0, 20, 40, *range(60, 94, 5)))
+    axes.set_yticks(range(len(lines)), lines)
+    axes.axvline(SCALE[0][1], color="0.5", linewidth=1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="y", length=0)
+    for place, (label, row) in enumerate(zip(axes.get_yticklabels(), lines.values())):
         if row:
-            verdict, color = verdict_of(row)
-            high.text(1.01, place, verdict, transform=high.get_yaxis_transform(), va="center", fontsize=9, color=color)
-    figure.supxlabel(f"test accuracy (%); the scale changes at {BREAK}", fontsize=10, y=0.06)
-    handles, labels = high.get_legend_handles_labels()
+            plot_row(axes, place, row)
+        else:
+            axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0)
+            label.set_fontweight("bold")
+    handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.89)}
     figure.legend(unique.values(), unique.keys(), **place, ncols=2, frameon=False)
@@ -269,6 +255,8 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
         label, test = "ours, best weights, all 10,000 test images", values(row.results, "test").mean()
         axes.plot(test, place, "|", color="tab:orange", markersize=12, **style, label=label)
     axes.plot(row.reported, place, "x", color="black", markersize=8, **style, label="the report")
+    verdict, color = verdict_of(row)
+    axes.text(1.01, place, verdict, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
 
 
 def plot_claims(claims: Sequence[dict]) -> Figure:

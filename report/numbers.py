@@ -214,10 +214,8 @@ def smoothness(filters: np.ndarray) -> tuple[float, int]:
     return float(100 * np.mean(smooth / total[total > 0])) if smooth.size else 0.0, int(smooth.size)
 
 
-def curve_distance(figure: dict, results: Sequence[Result], curve: str) -> float | None:
+def curve_distance(figure: dict, results: Sequence[Result], curve: str) -> float:
     """Mean absolute difference of a curve from the report's, over the epochs both have; mean over seeds."""
-    if curve not in figure:
-        return None
     apart = []
     for result in results:
         epochs = min(result.epochs, len(figure[curve]))

@@ -212,8 +212,8 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     against = "-"
     if baselines and run not in question.baselines:
         against = in_words(*difference(found, baselines[0], "test", noise))
-    apart = [numbers.curve_distance(figure, found, "validation_accuracy") for figure in numbers.figures_of(run)]
-    apart = [value for value in apart if value is not None]
+    curve = "validation_accuracy"
+    apart = [numbers.curve_distance(figure, found, curve) for figure in numbers.figures_of(run) if curve in figure]
     return [
         f"[{name_of(run)}]({run}/)",
         seeds,
@@ -300,32 +300,10 @@ def write_overview(root, args: argparse.Namespace) -> None:
         save_figure(figures.plot_overview(rows), root / "overview.png", args.figures)
         if claims:
             save_figure(figures.plot_claims(claims), root / "claims.png", args.figures)
-        content |= {
-            "rows": rows,
-            "claims": claims,
-            "tally": tally(claims),
-            "best": numbers.read_run(root / "q5/strong"),
-        }
+        content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong")}
         content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
         content |= augmentations(root) | habits(root)
     write_page(root / "README.md", "overview.md.jinja", content)
-
-
-def tally(claims: list[dict]) -> str:
-    """Of the report's claims: which hold, which are open, which have a reversed part; without the stand-in's."""
-    names = ("Holding", "holding in part, the rest open", "open", "reversed in a part", "not run", "for the eye")
-    groups: dict[str, list[str]] = {name: [] for name in names}
-    first = {claim["number"]: claim["parts"] for claim in reversed(claims)}  # the stand-in's comes second
-    for number, parts in sorted(first.items()):
-        marks = {part["mark"] for part in parts}
-        if "reversed" in marks:
-            name = "reversed in a part"
-        elif "holds" in marks:
-            name = "Holding" if marks == {"holds"} else "holding in part, the rest open"
-        else:
-            name = next(iter(marks)) if marks in ({"not run"}, {"for the eye"}) else "open"
-        groups[name].append(str(number))
-    return "; ".join(f"{name}: {', '.join(numbers)}" for name, numbers in groups.items() if numbers)
 
 
 def augmentations(root) -> dict:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common import ConvNet
 from parts import layers
-from parts.layers import Conv2d, ConvolutionAsProduct, Directions, Dropout, ProductRule
+from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, ProductRule
 
 SHAPES = [(3, 5, 7, 5, 3), (4, 2, 1, 1, 3), (2, 4, 5, 5, 1), (2, 3, 3, 6, 5)]  # C_in, C_out, H, W, K
 
@@ -32,11 +32,11 @@ def assert_all_close(ours, theirs) -> None:
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("directions", [*itertools.product((False, True), repeat=3)], ids=str)
+@pytest.mark.parametrize("products", [*itertools.product((False, True), repeat=3)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_choice_of_directions_is_the_convolution(shape, directions):
+def test_every_choice_of_products_is_the_convolution(shape, products):
     for batch in (1, 3):
-        ours = step(lambda *t: ConvolutionAsProduct.apply(*t, Directions(*directions)), shape, batch)
+        ours = step(lambda *t: ConvolutionAsProduct.apply(*t, products), shape, batch)
         assert_all_close(ours, step(lambda x, w, b: F.conv2d(x, w, b, padding=w.shape[-1] // 2), shape, batch))
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
 

@@ -13,7 +13,7 @@ from conftest import checkpoint, start, three_epochs
 
 import common
 import q1_convnet
-from common import Run, Settings, build, load_sample, make_optimizer, make_scaler, train_epoch
+from common import Run, Settings, build, load_sample
 from parts import machine
 
 FIRST_STEPS, STEP_TOLERANCE = 10, 2e-3
@@ -21,20 +21,15 @@ CPU = torch.device("cpu")
 CHANGES = {"adam": {}, "muon": {"optimizer": "muon", "filter_learning_rate": 0.1}, "batch norm": {"batch_norm": True}}
 
 
-def one_step(changes: dict) -> dict:
-    """Of 101 images, 50 and 51 where there are two processes; what this process has afterwards."""
-    settings = Settings(precision="fp32", batch_size=101, **changes)
+def one_step(folder, changes: dict) -> dict:
+    """A training of one step, of 101 images, 50 and 51 where there are two processes; what this process has afterwards."""
+    settings = Settings(precision="fp32", batch_size=101, epochs=1, **changes)
     sample = load_sample()["train"]
     split = common.Split(sample.images[:101], sample.labels[:101])
-    model = build(Run("step", settings), CPU)
-    optimizer = make_optimizer(model, settings, CPU)
-    bar = common.make_progress(Run("step", settings), 101, 0)
-    loss, _ = train_epoch(
-        machine.distribute(model, CPU), optimizer, make_scaler(settings, CPU), split, settings, 1, bar
-    )
-    common.share_buffers(model)
+    model, data = build(Run("step", settings), CPU), dict.fromkeys(("train", "validation", "test"), split)
+    state = common.train(Run("step", settings), model, data, CPU, folder / f"{settings.key()}.step")
     found = {"gradients": [p.grad for p in model.parameters()], "weights": [p.data for p in model.parameters()]}
-    return found | {"loss": loss, "buffers": dict(model.named_buffers())}
+    return found | {"loss": state["history"][0]["train_loss"], "buffers": dict(model.named_buffers())}
 
 
 def main() -> None:
@@ -42,9 +37,10 @@ def main() -> None:
     check_report = q1_convnet.check_report
 
     def steps_first(question, args):  # the processes have joined
-        steps = {name: one_step(changes) for name, changes in CHANGES.items()}
-        torch.save(steps, args.output_dir.with_name(f"step.{machine.rank()}"))
-        args.output_dir.with_name(f"pid.{machine.rank()}").write_text(str(os.getpid()))
+        folder = args.output_dir.parent
+        steps = {name: one_step(folder, changes) for name, changes in CHANGES.items()}
+        torch.save(steps, folder / f"step.{machine.rank()}")
+        (folder / f"pid.{machine.rank()}").write_text(str(os.getpid()))
         check_report(question, args)
 
     q1_convnet.check_report = steps_first
@@ -78,10 +74,10 @@ def test_two_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, kil
     assert [len(losses) for losses in resumed["step_losses"]] == [len(resumed["step_losses"][0])] * 3
 
 
-def test_one_step_of_two_processes_has_the_gradients_of_one(killed, narrow):
+def test_one_step_of_two_processes_has_the_gradients_of_one(killed, narrow, tmp_path):
     of_first, of_second = (torch.load(killed / f"step.{rank}", weights_only=True) for rank in range(2))
     for name in ("adam", "muon"):
-        one, two = one_step(CHANGES[name]), of_first[name]
+        one, two = one_step(tmp_path, CHANGES[name]), of_first[name]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         for ours, theirs in zip(two["gradients"], one["gradients"], strict=True):
             assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-3
@@ -89,7 +85,7 @@ def test_one_step_of_two_processes_has_the_gradients_of_one(killed, narrow):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-2
     buffers, same = of_first["batch norm"]["buffers"], of_second["batch norm"]["buffers"]
     assert buffers and all(torch.equal(buffers[name], same[name]) for name in buffers)  # the first process's, for all
-    alone = one_step(CHANGES["batch norm"])["buffers"]  # each process normalises its own part of the batch
+    alone = one_step(tmp_path, CHANGES["batch norm"])["buffers"]  # each process normalises its own part of the batch
     assert not torch.allclose(buffers["features.1.running_mean"], alone["features.1.running_mean"], rtol=1e-4, atol=0)
 
 

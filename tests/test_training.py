@@ -201,13 +201,6 @@ def test_no_validation_loss_that_is_not_finite_reaches_the_history(small, monkey
         common.validate(fresh(small)[0], small["validation"], SETTINGS, 1)
 
 
-def test_a_last_batch_of_few_images_joins_the_one_before():
-    for images, size, sizes in ((41, 20, [20, 21]), (56, 20, [20, 20, 16]), (1, 20, [1]), (10, 4, [4, 6])):
-        batches = common.cut_batches(torch.arange(images), size)
-        assert torch.equal(torch.cat(batches), torch.arange(images))
-        assert [len(batch) for batch in batches] == sizes
-
-
 def test_no_epoch_is_trained_twice(small, two_epochs):
     path, state = two_epochs
     written = path.stat().st_mtime_ns
@@ -376,6 +369,15 @@ def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(qu
     assert any(f"waiting until another process lets go of {path.with_suffix('.lock')}" in line for line in told)
     assert path.with_suffix(".old").read_bytes() == before
     assert len(checkpoint(tmp_path)["history"]) == 1
+
+
+def test_an_interrupted_fresh_sweep_takes_no_old_checkpoint_for_done(quick, tmp_path, monkeypatch):
+    options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", "--seeds=2", *folders(tmp_path)]
+    q1_convnet.main(options)
+    monkeypatch.setattr(common, "train", interrupt)
+    with pytest.raises(SystemExit):
+        q1_convnet.main([*options, "--fresh"])
+    assert sorted(path.suffix for path in (tmp_path / "checkpoints").glob("*.*")) == [".lock"] * 2 + [".old"] * 2
 
 
 def test_everything_is_checked_before_anything_is_trained(quick, tmp_path, monkeypatch, capsys):
