@@ -47,7 +47,7 @@ import common
 from common import Run, Settings, Split, build, convnet, positive
 from parts import machine
 from parts.augment import augment
-from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, product_rule
+from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, convert, product_rule
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, vgg
 
@@ -93,10 +93,7 @@ def as_plain(module: nn.Module) -> nn.Module:
     if isinstance(module, Dropout):
         return nn.Dropout(module.p)
     if isinstance(module, Conv2d):
-        size, padding = module.kernel_size, module.padding
-        layer = nn.Conv2d(module.in_channels, module.out_channels, size, padding=padding, device="meta")
-        layer.weight, layer.bias = module.weight, module.bias
-        return layer
+        return convert(module, nn.Conv2d)
     for name, child in module.named_children():
         setattr(module, name, as_plain(child))
     return module

@@ -136,9 +136,8 @@ class Split:
     ) -> tuple[Tensor, Tensor]:
         """Cut, augment and normalise a batch: float32 images [b, 3, 32, 32], channels_last, and labels [b].
 
-        index: numbers of the batch's images, [B] on the CPU. rng: draws the augmentations; None leaves the images as
-        they are. part: which of the B images to return; the draws are always made for all B, so that several processes
-        sharing a batch draw what one would.
+        index: numbers of the batch's images, [B] on the CPU. rng: draws the augmentations, none without. part: which of
+        the B images to return; drawn is always for all B, so that processes sharing a batch draw what one would.
         """
         mine = index[part].to(self.images.device)
         images = self.images[mine].float().div_(255)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import report.figures as fig
 from common import Run, Settings, Split, autocast, init_linear, make_parser, train_runs
 from parts.augment import HorizontalFlip
-from parts.layers import Conv2d
+from parts.layers import convert
 from parts.machine import UserError, expand, first_line, rank, session
 from report.claims import Claim, better
 from report.numbers import Results, figures_of, name_of, read_arrays
@@ -85,16 +85,14 @@ CLAIMS = [
 class VGG11(nn.Module):
     """torchvision's vgg11_bn without its average pooling and fully connected layers, and the report's head.
 
-    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`: a frozen one
-    has no gradients and stays in evaluation mode, unless it is frozen in training mode, where batch norm normalises by
-    the batch and its running statistics move. From scratch the head starts as the exercise says, with pretrained
-    features as PyTorch does (the report's code).
+    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`. From scratch
+    the head starts as the exercise says, with pretrained features as PyTorch does (the report's code).
     """
 
     def __init__(self, backbone: str = "trained", pretrained: bool = False):
         super().__init__()
         self.backbone = backbone
-        layers = [Conv2d.like(layer) if isinstance(layer, nn.Conv2d) else layer for layer in vgg11_bn().features]
+        layers = [convert(layer) if isinstance(layer, nn.Conv2d) else layer for layer in vgg11_bn().features]
         self.features = nn.Sequential(*layers).requires_grad_(backbone == "trained")
         self.head = nn.Sequential(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10))
         if not pretrained:

@@ -108,15 +108,6 @@ class Conv2d(nn.Conv2d):
     that are as the convolutions of ConvNet and of VGG11_bn, 3 x 3 with a bias.
     """
 
-    @classmethod
-    def like(cls, layer: nn.Conv2d) -> "Conv2d":
-        """With the very parameters of another one; nothing is drawn."""
-        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-        with torch.device("meta"):
-            ours = cls(*shape, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
-        ours.weight, ours.bias = layer.weight, layer.bias
-        return ours
-
     def is_usual(self) -> bool:
         shape = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups, self.padding_mode)
         return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and self.bias is not None
@@ -128,6 +119,15 @@ class Conv2d(nn.Conv2d):
         if not any(products) or not self.is_usual():
             return super().forward(images)
         return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), products)
+
+
+def convert(layer: nn.Conv2d, to: type[nn.Conv2d] = Conv2d) -> nn.Conv2d:
+    """The same convolution as a layer of another class, with its very parameters; nothing is drawn."""
+    shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    with torch.device("meta"):
+        converted = to(*shape, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
+    converted.weight, converted.bias = layer.weight, layer.bias
+    return converted
 
 
 class Dropout(nn.Dropout):

@@ -109,8 +109,8 @@ def read_result(path: Path) -> Result:
 def read_run(folder: Path, sample: bool = False) -> list[Result]:
     """A run's results, one per seed; none where the folder is a copy of another run's.
 
-    Raises UserError where one is damaged, where they disagree in a setting, or where some are of the sample and should
-    not be (`sample`), or the other way round.
+    Raises UserError where one is damaged, where they disagree in a setting, or where not all are of the sample (`sample`)
+    or of CIFAR-10 (else).
     """
     paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
     found = sorted(map(read_result, paths), key=lambda result: result.seed)
