@@ -2,6 +2,8 @@
 
     settings -> data -> network -> training -> checkpoints -> results -> command line
 
+A script enters at the bottom: `train_runs`.
+
 The protocol (splits, optimiser, initialisation) is that of the report's published code and of the course exercise it
 answers, Max Planck HLCV exercise 3.
 """
@@ -120,7 +122,7 @@ def generator(seed: int, epoch: int, stream: str) -> torch.Generator:
 
 
 class Split:
-    """Images held whole on the device, uint8 [N, 3, 32, 32], with labels int64 [N]; batches are cut from them."""
+    """Images held whole on the device, uint8 [N, 3, 32, 32], with labels int64 [N]; batches are made of them."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -134,7 +136,7 @@ class Split:
     def batch(
         self, index: Tensor, settings: Settings, rng: torch.Generator | None = None, part: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Cut, augment and normalise a batch: float32 images [b, 3, 32, 32], channels_last, and labels [b].
+        """Select, augment and normalise a batch: float32 images [b, 3, 32, 32], channels_last, and labels [b].
 
         index: numbers of the batch's images, [B] on the CPU. rng: draws the augmentations, none without. part: which of
         the B images to return; drawn is always for all B, so that processes sharing a batch draw what one would.
@@ -246,6 +248,16 @@ def convnet(settings: Settings) -> ConvNet:
     return ConvNet(settings.batch_norm, settings.dropout, settings.dropout_after_pool)
 
 
+def build(run: Run, device: torch.device, network: Callable[[Settings], nn.Module] = convnet) -> nn.Module:
+    """The run's network as its seed initialises it. ValueError where the settings name another one."""
+    torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
+    model = network(run.settings)
+    name = type(model).__name__
+    if name != run.settings.network:
+        raise ValueError(f"{run.name}: network='{run.settings.network}' in its settings, but it is {name}")
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -305,14 +317,14 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 
 
 def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, prepare=None) -> dict:
-    """Train `model`, as `build` made it, on from its checkpoint at `path`, until the run's epochs or patience end.
+    """Train a fresh `model` on from the checkpoint at `path`, or from the start, until its epochs or patience end.
 
     Returns the checkpoint (see `new_checkpoint`), which is replaced after every epoch and holds what any rule could ask
-    for later. prepare: makes what the loop is fed of (model, data, settings).
+    for later. prepare(model, data, settings) returns the data to train on in their place.
     """
     settings, first = run.settings, first_logits(model, data["train"], run.settings)
     state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
-    state.setdefault("first_logits", first)
+    state.setdefault("first_logits", first)  # older checkpoints lack it, as they lack the scaler below
     history = state["history"]
     if stops_after(history, settings):
         return state
@@ -363,7 +375,7 @@ def train_epoch(
     for step, index in enumerate(batches, 1):
         factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
         for group in optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", settings.learning_rate) * factor
+            group["lr"] = group.get("initial_lr", settings.learning_rate) * factor  # Muon's groups have their own
         images, labels = split.batch(index, settings, rng, my_part(len(index)))
         with autocast(settings, device):
             logits = model(images).float()
@@ -450,16 +462,6 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels.cpu()).sum().item() / len(labels)
 
 
-def build(run: Run, device: torch.device, network: Callable[[Settings], nn.Module] = convnet) -> nn.Module:
-    """The run's network as its seed initialises it. ValueError where the settings name another one."""
-    torch.manual_seed(stream_seed(run.settings.seed, 0, "init"))
-    model = network(run.settings)
-    name = type(model).__name__
-    if name != run.settings.network:
-        raise ValueError(f"{run.name}: network='{run.settings.network}' in its settings, but it is {name}")
-    return model.to(device, memory_format=torch.channels_last)
-
-
 def autocast(settings: Settings, device: torch.device) -> torch.autocast:
     """Convolutions and matrix products in the run's precision, weights and optimiser in float32."""
     dtype = machine.computing_dtype(settings.precision)
@@ -520,7 +522,7 @@ def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     history                   one dict per epoch
     step_losses               per epoch the training loss of every step, float32 [steps]
     predictions, filters      per epoch uint8 [N] on the test images; float32 [C, 3, K, K], before training first
-    model, best               state dicts: the last weights, those of the best validation accuracy
+    model, best               state dicts: the last weights, those of the best validation accuracy of all its epochs
     optimizer, scaler         state dicts: the optimiser's, the loss scale's (fp16)
     """
     state = {"settings": settings.shaping(), "network": str(model), "environments": [], "history": []}
@@ -580,10 +582,8 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
         same_network = state["network"] == str(model) and shapes == expected
         logits, spread = state.get("first_logits", first), (first - first.mean(0)).norm()
         same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread  # rounding: 0.0001
-        [
-            state[name]
-            for name in ("environments", "history", "step_losses", "predictions", "filters", "best", "optimizer")
-        ]
+        if missing := {*new_checkpoint(settings, model), "best", "optimizer"} - state.keys():
+            raise KeyError(missing)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -616,8 +616,8 @@ def score(predictions: Tensor, labels: Tensor, epoch: int) -> dict:
     }
 
 
-def read_run(question: str, run: Run, parameters: dict, state: dict, labels: Tensor) -> dict:
-    """A run's result, read from a checkpoint by the run's rule. parameters: `all_parameters` of its network."""
+def make_result(question: str, run: Run, parameters: dict, state: dict, labels: Tensor) -> dict:
+    """A run's result: its checkpoint as far as the run's epochs or patience go. parameters: `all_parameters`."""
     last = stops_after(state["history"], run.settings)
     history = state["history"][:last]
     best = best_epoch(history)
@@ -772,7 +772,7 @@ def train_runs(
             shown.add(str(model))
             parameters = all_parameters(model)
             state = train(run, model, data, device, path, prepare)
-            result = read_run(question, run, parameters, state, data["test"].labels)
+            result = make_result(question, run, parameters, state, data["test"].labels)
             new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
         if new:
             yield run

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from common import Run, Settings, make_parser, train_runs
 from parts.machine import session
 from report.claims import Claim, for_the_eye, overfits
-from report.page import Question, check_report, finish_report, update_report
+from report.page import Question, check_pages, finish_pages, update_pages
 
 RUNS = [Run("convnet", Settings(epochs=20))]
 
@@ -27,11 +27,7 @@ CLAIMS = [
     Claim(
         2,
         "First-layer filters look like white noise before training and show edges and colour patches after.",
-        (
-            for_the_eye(
-                "look at q1/convnet/filters.png; as a number, smoothness stands with Figures 2 and 3 in question 1"
-            ),
-        ),
+        (for_the_eye("look at q1/convnet/filters.png; question 1's table of figures has their smoothness"),),
     ),
 ]
 
@@ -40,10 +36,10 @@ QUESTION = Question("q1", "Question 1: a convolutional network for CIFAR-10", RU
 
 def main(argv: Sequence[str] | None = None) -> None:
     with session(make_parser(__doc__), argv) as (args, device):
-        check_report(QUESTION, args)
+        check_pages(QUESTION, args)
         for run in train_runs("q1", RUNS, args, device):
-            update_report(QUESTION, args, run)
-        finish_report(QUESTION, args)
+            update_pages(QUESTION, args, run)
+        finish_pages(QUESTION, args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common import Run, Settings, make_parser, positive, train_runs
 from parts.machine import session
 from report.claims import Claim, better
 from report.numbers import Result, Results
-from report.page import Question, check_report, finish_report, update_report
+from report.page import Question, check_pages, finish_pages, update_pages
 
 
 def stopped(network: str, patience: int) -> Run:
@@ -139,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with session(parser, argv) as (args, device):
         asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
         runs = [*RUNS, *(run for run in asked if run not in RUNS)]
-        check_report(QUESTION, args)
+        check_pages(QUESTION, args)
         for run in train_runs("q2", runs, args, device):
-            update_report(QUESTION, args, run)
-        finish_report(QUESTION, args)
+            update_pages(QUESTION, args, run)
+        finish_pages(QUESTION, args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from parts.augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, 
 from parts.machine import UserError, require_writable, say, session
 from report.claims import Claim, about_equal, better, narrowest_gap
 from report.numbers import Results, figures_of, mean, name_of, reported, values
-from report.page import Question, check_report, finish_report, update_report
+from report.page import Question, check_pages, finish_pages, update_pages
 
 CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.1)
 BLUR = GaussianBlur(kernel_size=13, sigma=(0.1, 2.0), p=0.2)
@@ -260,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)]
         if args.preview:
             return preview_runs(select_runs(runs, args, device), args)
-        check_report(QUESTION, args)
+        check_pages(QUESTION, args)
         for run in train_runs("q3", runs, args, device):
-            update_report(QUESTION, args, run)
-        finish_report(QUESTION, args)
+            update_pages(QUESTION, args, run)
+        finish_pages(QUESTION, args)
 
 
 if __name__ == "__main__":

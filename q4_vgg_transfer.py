@@ -34,7 +34,7 @@ from parts.layers import convert
 from parts.machine import UserError, expand, first_line, rank, session
 from report.claims import Claim, better
 from report.numbers import Results, figures_of, name_of, read_arrays
-from report.page import Question, check_report, finish_report, update_report
+from report.page import Question, check_pages, finish_pages, update_pages
 
 IMAGENET = VGG11_BN_Weights.IMAGENET1K_V1
 MIRROR = HorizontalFlip(p=0.5)
@@ -275,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs, weights = RUNS, None
         else:
             runs, weights = find_weights(args.weights)
-        check_report(QUESTION, args)
+        check_pages(QUESTION, args)
         for run in train_runs("q4", runs, args, device, partial(vgg, weights=weights), features_if_frozen):
-            update_report(QUESTION, args, run)
-        finish_report(QUESTION, args)
+            update_pages(QUESTION, args, run)
+        finish_pages(QUESTION, args)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from common import Run, Settings, Split, make_parser, train_runs
 from parts.augment import Cutout, HorizontalFlip, RandomCrop
 from parts.machine import UserError, session
 from report.numbers import Result, Results, measure, reported
-from report.page import Question, check_report, finish_report, update_report
+from report.page import Question, check_pages, finish_pages, update_pages
 
 FAST = Settings(
     batch_norm=True,
@@ -130,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.tune and args.sample:
             raise UserError("--tune needs all training images: run it without --sample")
         question = TUNING_QUESTION if args.tune else QUESTION
-        check_report(question, args)
+        check_pages(question, args)
         split = hold_out if args.tune else None
         for run in train_runs(question.name, question.runs, args, device, split=split):
-            update_report(question, args, run)
-        finish_report(question, args)
+            update_pages(question, args, run)
+        finish_pages(question, args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from report.numbers import UNITS, Difference, Results, difference, mean, name_of, steady_noise
 
-MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "one seed": "?", "not run": "–", "for the eye": "◦"}
+MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "not run": "–", "for the eye": "◦"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Claim:
 
 
 def mark_of(found: Difference, zone: tuple[float, float]) -> str:
-    """Told by the 95 % interval, against the zone: inside, outside, or neither. Only a single seed leaves none."""
+    """Told by the 95 % interval, against the zone: inside, outside, or neither. Single seeds have none."""
     if found.half is None:
-        return "one seed"
+        return "cannot be told"
     low, high = found.value - found.half, found.value + found.half
     if zone[0] < low and high < zone[1]:
         return "holds"

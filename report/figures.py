@@ -267,7 +267,7 @@ def plot_claims(claims: Sequence[dict]) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(places[-1] + 0.2, -1.3))
     axes.axis("off")
     axes.text(0.04, -1, "The report's claims", va="center", fontweight="bold")
-    key = ", ".join(f"{sign} {mark}" for mark, sign in MARKS.items() if mark != "one seed")
+    key = ", ".join(f"{sign} {mark}" for mark, sign in MARKS.items())
     axes.text(0.98, -1, f"each part by its 95 % interval: {key}", ha="right", va="center", fontsize=8, color="0.35")
     for claim, text, place in zip(claims, texts, places):
         axes.text(0.03, place, claim["number"], ha="right", va="top", fontsize=9, fontweight="bold")

@@ -276,7 +276,7 @@ class Noise(NamedTuple):
     df: int
 
     def half(self, factor: float) -> float:
-        """Half of the 95 % interval of something whose standard error is `factor` deviations (Student's t)."""
+        """Half of the 95 % interval of what has `factor` times the variance of one seed (Student's t)."""
         return float(t.ppf(0.975, self.df)) * self.deviation * math.sqrt(factor)
 
 

@@ -41,7 +41,7 @@ class Question:
         return next(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
 
 
-def check_report(question: Question, args: argparse.Namespace) -> None:
+def check_pages(question: Question, args: argparse.Namespace) -> None:
     """Before the training: what would fail after it. Raises UserError."""
     if args.list:
         return
@@ -64,19 +64,19 @@ def check_report(question: Question, args: argparse.Namespace) -> None:
         require_writable(path)
 
 
-def update_report(question: Question, args: argparse.Namespace, run: Run) -> None:
+def update_pages(question: Question, args: argparse.Namespace, run: Run) -> None:
     """After a training of a sweep: its figures, and the pages. What goes wrong is said, and does not end the sweep."""
     try:
-        write_report(question, args)
+        write_pages(question, args)
     except (UserError, OSError) as error:
         tell(f"{run.name} is trained and its result written, but not all pictures and pages: {error}")
 
 
-def finish_report(question: Question, args: argparse.Namespace) -> None:
+def finish_pages(question: Question, args: argparse.Namespace) -> None:
     """At the end: figures and pages, and the table and the claims on the screen. Raises UserError."""
     if rank() != 0 or args.list:
         return
-    results, claims = write_report(question, args, anew=args.replot)
+    results, claims = write_pages(question, args, anew=args.replot)
     table = run_table(question, results, args.sample)
     table = [[row[0].split("]")[0].lstrip("["), *row[1:]] for row in table]  # without links
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -89,10 +89,9 @@ def finish_report(question: Question, args: argparse.Namespace) -> None:
     say(f"\nfigures and numbers: {folder}/, page: {folder / 'README.md'}")
 
 
-def write_report(question: Question, args: argparse.Namespace, anew: bool = False) -> tuple[Results, list[dict]]:
-    """All figures and pages that a question's results change; returns them, those beside them, and its claims as judged.
-
-    anew: figures too that are drawn already.
+def write_pages(question: Question, args: argparse.Namespace, anew: bool = False) -> tuple[Results, list[dict]]:
+    """All figures and pages that a question's results change; returns its results, with those beside, and its claims
+    as judged. anew: figures too that are drawn already.
     """
     root = output_folder(args)
     folder = root / question.name
@@ -285,7 +284,11 @@ def read_claims(root) -> list[dict]:
     for path in sorted(root.glob("q[0-9]/claims.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["claims"]
-            [(claim["number"], claim["text"], part["mark"], part["text"]) for claim in found for part in claim["parts"]]
+            [
+                (claim["number"], claim["text"], MARKS[part["mark"]], part["text"])
+                for claim in found
+                for part in claim["parts"]
+            ]
             claims += found
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: delete it, and run that question with --replot") from error

@@ -113,7 +113,7 @@ def test_from_two_files_a_seed_to_everything_else_and_again(q1):
     root, args = q1
     shutil.copytree(root / "q1", root / "q1_before")
     shutil.copytree(root / "q1/convnet", root / "q1/convnet_old")
-    page.finish_report(q1_convnet.QUESTION, args)
+    page.finish_pages(q1_convnet.QUESTION, args)
     before = files(root)
     assert {"README.md", "overview.png", "claims.png", "q1/README.md", "q1/claims.json"} < before.keys()
     assert {f"q1/convnet/{name}.png" for name in ("losses", "accuracy", "filters", "confusion")} < before.keys()
@@ -121,11 +121,11 @@ def test_from_two_files_a_seed_to_everything_else_and_again(q1):
     assert "80.7 / 78.9" in text and "convnet_old" not in text
     assert before["README.md"].decode().count("| 1 | Without") == 1
     drawn = (root / "q1/convnet/filters.png").stat().st_mtime_ns
-    page.update_report(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
+    page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     assert files(root) == before and (root / "q1/convnet/filters.png").stat().st_mtime_ns == drawn
     for path in (root / "q1/convnet").glob("seed2.*"):
         path.unlink()
-    page.update_report(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
+    page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     assert files(root)["q1/convnet/losses.png"] != before["q1/convnet/losses.png"]
 
 
@@ -134,7 +134,7 @@ def test_somebody_elses_file_is_found_before_the_training(q1):
     for name in ("README.md", "q1/README.md", "q1/claims.json", "overview.png", "q1/convnet/losses.png"):
         (root / name).write_bytes(b"somebody's")
         with pytest.raises(UserError, match=f"{root / name} was not written by these scripts"):
-            page.check_report(q1_convnet.QUESTION, args)
+            page.check_pages(q1_convnet.QUESTION, args)
         (root / name).unlink()
 
 
@@ -145,14 +145,14 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
     path = root / "q3/crop/seed0.json"
     path.write_text(path.read_text()[:2000])
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        page.check_report(q1_convnet.QUESTION, args)
-    page.update_report(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
+        page.check_pages(q1_convnet.QUESTION, args)
+    page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     line = f"convnet is trained and its result written, but not all pictures and pages: {path}"
     assert line in capsys.readouterr().err
     path.unlink()
     (root / "q3/claims.json").write_text("{")
     with pytest.raises(UserError, match="claims.json is damaged: delete it"):
-        page.check_report(q1_convnet.QUESTION, args)
+        page.check_pages(q1_convnet.QUESTION, args)
 
 
 def test_a_page_names_stand_ins_and_batch_norm_by_parts(tmp_path):

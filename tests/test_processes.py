@@ -34,16 +34,16 @@ def one_step(folder, changes: dict) -> dict:
 
 def main() -> None:
     """Of every process: a step of each kind, and then question 1."""
-    check_report = q1_convnet.check_report
+    check_pages = q1_convnet.check_pages
 
     def steps_first(question, args):  # the processes have joined
         folder = args.output_dir.parent
         steps = {name: one_step(folder, changes) for name, changes in CHANGES.items()}
         torch.save(steps, folder / f"step.{machine.rank()}")
         (folder / f"pid.{machine.rank()}").write_text(str(os.getpid()))
-        check_report(question, args)
+        check_pages(question, args)
 
-    q1_convnet.check_report = steps_first
+    q1_convnet.check_pages = steps_first
     q1_convnet.main()
 
 

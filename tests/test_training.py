@@ -19,7 +19,7 @@ import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
-from common import Run, Settings, evaluate, load_checkpoint, read_run, stopping_epoch
+from common import Run, Settings, evaluate, load_checkpoint, make_result, stopping_epoch
 from parts.augment import HorizontalFlip, RandomCrop
 from parts.machine import UserError, choose_device, choose_precision, file_lock
 
@@ -217,7 +217,7 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
     full = follow(small, tmp_path / "full", epochs=4)
     assert (len(stopped["history"]), len(full["history"])) == (3, 4)
     rule = Run("rule", dataclasses.replace(SETTINGS, epochs=4, patience=1))
-    results = [read_run("q2", rule, PARAMETERS, state, small["test"].labels) for state in (stopped, full)]
+    results = [make_result("q2", rule, PARAMETERS, state, small["test"].labels) for state in (stopped, full)]
     assert numbers(results[0]) == numbers(results[1]) and results[0]["test"] == results[1]["test"]
 
 
@@ -347,7 +347,7 @@ def test_a_score_counts_the_report_s_images_and_all():
 
 def test_a_result_is_written_once_and_never_half(small, two_epochs, tmp_path, monkeypatch):
     state, run = two_epochs[1], Run("test", SETTINGS)
-    result = read_run("q1", run, PARAMETERS, state, small["test"].labels)
+    result = make_result("q1", run, PARAMETERS, state, small["test"].labels)
     assert common.write_result(tmp_path, result, state) and not common.write_result(tmp_path, result, state)
     assert json.loads((tmp_path / "seed0.json").read_text()) == json.loads(json.dumps(result))
     with np.load(tmp_path / "seed0.npz") as arrays:
