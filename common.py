@@ -328,7 +328,8 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     history = state["history"]
     if stops_after(history, settings):
         return state
-    machine.announce(f"{run.name} seed {settings.seed}", device, settings.precision)
+    doing = f"goes on after epoch {len(history)}" if history else "trains"
+    machine.announce(f"{run.name} seed {settings.seed} {doing}", device, settings.precision)
     optimizer, scaler = make_optimizer(model, settings, device), make_scaler(settings, device)
     if history:
         model.load_state_dict(state["model"])
@@ -566,6 +567,14 @@ def save_checkpoint(path: Path, state: dict) -> None:
     barrier()
 
 
+def other_settings(state: dict, settings: Settings) -> list[str]:
+    """What a checkpoint was trained with in place of these settings: since then a default has been edited."""
+    old = state["settings"]
+    return [
+        f"{name} {old[name]!r}, now {new!r}" for name, new in settings.shaping().items() if old.get(name, new) != new
+    ]
+
+
 def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Tensor) -> dict:
     """The checkpoint at `path`. Raises UserError where it is damaged, of other settings, of another network than
     `model`, or of other code than puts out `first` (see `first_logits`).
@@ -576,8 +585,7 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(bad)
         state = torch.load(path, weights_only=True, map_location="cpu")
-        old, asked = state["settings"], settings.shaping()
-        different = [name for name in asked if old.get(name, asked[name]) != asked[name]]  # a default was edited
+        different = other_settings(state, settings)
         shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
         same_network = state["network"] == str(model) and shapes == expected
         logits, spread = state.get("first_logits", first), (first - first.mean(0)).norm()
@@ -731,8 +739,8 @@ def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> l
     precision = machine.choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     by_name = asked | {run.name: run for run in asked.values()}
-    if unknown := set(args.only or ()) - by_name.keys():
-        raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(asked)}")
+    for name in set(args.only or ()) - by_name.keys():
+        raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
     chosen = dict.fromkeys(by_name[name] for name in args.only or asked)
     return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds_of(args)]
 
@@ -798,11 +806,14 @@ def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:
 def run_state(path: Path, settings: Settings, has_result: bool) -> str:
     """In words, from the checkpoint at `path`, read without its tensors."""
     try:
-        history = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["history"]
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        history, other = state["history"], other_settings(state, settings)
     except FileNotFoundError:
-        history = []
+        history, other = [], []
     except Exception:  # noqa: BLE001 - a damaged file fails anywhere in zipfile, pickle or torch
         return "damaged checkpoint"
+    if other:
+        return f"a checkpoint of other settings ({', '.join(other)})"
     if stops_after(history, settings):
         return "done" if has_result else "trained, no result yet"
     state = f"epoch {len(history)}" if history else "not started"

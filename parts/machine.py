@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -105,10 +105,10 @@ def environment(device: torch.device, precision: str) -> dict:
 
 
 def announce(what: str, device: torch.device, precision: str) -> None:
-    """One line: what is trained, and on what. And a hint where torch cannot see the machine's GPU."""
+    """One line: what happens, and on what. And a hint where torch cannot see the machine's GPU."""
     where = "{device}, {threads} threads, {processes} processes, {precision}, torch {torch}"
     where = where.format(**environment(device, precision)).replace(", 1 processes", "")
-    tell(f"{what} trains on {where}")
+    tell(f"{what} on {where}")
     if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
         tell("this machine has an NVIDIA GPU, but this torch is a build for CPUs: see pytorch.org for one with CUDA")
 
@@ -265,6 +265,12 @@ def tell(message: str) -> None:
         say(message, error=True)
 
 
+def did_you_mean(word: str, among: Iterable[str]) -> str:
+    """A hint, where one of these is close."""
+    meant = difflib.get_close_matches(word, among, n=1)
+    return f"; did you mean {meant[0]}?" if meant else ""
+
+
 class Parser(argparse.ArgumentParser):
     """Its errors are UserErrors; its help shows the script's docstring as it stands; options are written out."""
 
@@ -273,8 +279,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message)
-        meant = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        hint = f"; did you mean {meant[0]}?" if meant else ""
+        hint = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
         raise UserError(f"{message}{hint} (see --help)")
 
 

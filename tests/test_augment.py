@@ -63,6 +63,7 @@ def torchvision_image(augmentation, image: Tensor, parameters: list[Tensor]) -> 
                 if getattr(augmentation, ADJUSTMENTS[number]):
                     image = getattr(TF, f"adjust_{ADJUSTMENTS[number]}")(image, factors[number].item())
             return image
+    raise NotImplementedError(f"torchvision's function that {augmentation} is to equal: add a case")
 
 
 def assert_like_torchvision(augmentation, images: Tensor, *parameters: Tensor) -> Tensor:

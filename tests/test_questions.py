@@ -39,7 +39,7 @@ BAD = [
     (q1_convnet, ["--epoch=3"], "did you mean --epochs?"),
     (q1_convnet, ["--epochs=0"], "--epochs: must be a whole number from 1 up"),
     (q1_convnet, ["--seed=1", "--seeds=2"], "not allowed with argument"),
-    (q1_convnet, ["--only", "resnet"], "no such run; there are convnet"),
+    (q1_convnet, ["--only", "convnt"], "no such run; there are convnet; did you mean convnet?"),
     (q1_convnet, ["--device=cuda:99"], "--device cuda:99 is not there; on this machine:"),
     (q1_convnet, ["--output-dir="], "'' is no path: it is empty"),
     (q3_augment_dropout, ["--dropout=0.99996"], "--dropout: must be a rate between 0 and 1"),

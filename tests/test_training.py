@@ -315,7 +315,8 @@ def test_a_checkpoint_of_other_code_network_or_settings_is_refused(small, two_ep
         model.classifier.weight = nn.Parameter(torch.zeros(10, 17))  # not printed
     if edit == "settings":
         settings = dataclasses.replace(SETTINGS, learning_rate=1.0)
-        reason = r"was trained with other settings \(learning_rate\)"
+        reason = r"was trained with other settings \(learning_rate 0.002, now 1.0\)"
+        assert "learning_rate 0.002, now 1.0" in common.run_state(two_epochs[0], settings, has_result=True)
     with pytest.raises(UserError, match=f"{reason}; .*--fresh"):
         load_checkpoint(two_epochs[0], settings, model, first)
 
