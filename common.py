@@ -569,10 +569,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def other_settings(state: dict, settings: Settings) -> list[str]:
     """What a checkpoint was trained with in place of these settings: since then a default has been edited."""
-    old = state["settings"]
-    return [
-        f"{name} {old[name]!r}, now {new!r}" for name, new in settings.shaping().items() if old.get(name, new) != new
-    ]
+    old, asked = state["settings"], settings.shaping().items()
+    return [f"{name} {old[name]!r}, now {new!r}" for name, new in asked if old.get(name, new) != new]
 
 
 def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Tensor) -> dict:

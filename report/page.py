@@ -285,9 +285,9 @@ def read_claims(root) -> list[dict]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["claims"]
             [
-                (claim["number"], claim["text"], MARKS[part["mark"]], part["text"])
-                for claim in found
-                for part in claim["parts"]
+                (c["number"], c["text"], c["note"], MARKS[part["mark"]], part["text"])
+                for c in found
+                for part in c["parts"]
             ]
             claims += found
         except (ValueError, KeyError, TypeError) as error:
