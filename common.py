@@ -324,7 +324,8 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     """
     settings, first = run.settings, first_logits(model, data["train"], run.settings)
     state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
-    state.setdefault("first_logits", first)  # older checkpoints lack it, as they lack the scaler below
+    state.setdefault("first_logits", first)  # older checkpoints lack it, the defaults, and the scaler below
+    state["settings"] = settings.shaping() | state["settings"]
     history = state["history"]
     if stops_after(history, settings):
         return state
@@ -372,7 +373,7 @@ def train_epoch(
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
     total, seen, step_losses = torch.zeros((), device=device), 0, []
-    batches = order.split(settings.batch_size)
+    batches = cut_batches(order, settings.batch_size)
     for step, index in enumerate(batches, 1):
         factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
         for group in optimizer.param_groups:
@@ -489,6 +490,16 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
     return settings.lr_decay ** int(epochs_done)
 
 
+def cut_batches(order: Tensor, size: int) -> list[Tensor]:
+    """Numbers of images [N] -> batches of `size`. A last one of a few images joins the one before it: batch norm cannot
+    normalise one image, and several processes share a batch.
+    """
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) < min(16, size):
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
         advice = "the epochs before are kept; lower the learning rate or try --precision fp32"
@@ -536,7 +547,7 @@ def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
     Initialisation, order, augmentation and forward pass are all in it: where it differs, other code trained.
     """
     order = torch.randperm(len(split), generator=generator(settings.seed, 1, "order"))
-    index, rng = order[: settings.batch_size], generator(settings.seed, 1, "augment")
+    index, rng = cut_batches(order, settings.batch_size)[0], generator(settings.seed, 1, "augment")
     images, _ = split.batch(index, settings, rng, slice(32))
     model.eval()
     logits = model(images).float().cpu()
@@ -737,7 +748,7 @@ def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> l
     precision = machine.choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     by_name = asked | {run.name: run for run in asked.values()}
-    for name in set(args.only or ()) - by_name.keys():
+    for name in [name for name in args.only or () if name not in by_name]:
         raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
     chosen = dict.fromkeys(by_name[name] for name in args.only or asked)
     return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds_of(args)]
@@ -788,7 +799,8 @@ def put_aside(path: Path) -> None:
     """--fresh: keep the checkpoint as .old. All of them at the start: then the same command without it goes on."""
     if rank() == 0 and path.exists():
         with file_lock(path.with_suffix(".lock")):
-            os.replace(path, path.with_suffix(".old"))
+            if path.exists():  # another process may have done so while this one waited
+                os.replace(path, path.with_suffix(".old"))
 
 
 def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:

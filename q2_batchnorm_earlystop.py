@@ -18,7 +18,7 @@ from itertools import chain
 import numpy as np
 
 import report.figures as fig
-from common import Run, Settings, make_parser, positive, train_runs
+from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
 from parts.machine import session
 from report.claims import Claim, better
 from report.numbers import Result, Results
@@ -120,8 +120,9 @@ def mark_stops(axes, rules: Sequence[Result], color: str, row: int) -> None:
     """A dotted line where rules stop, with their patience above it; `row` keeps two networks' dots and numbers apart."""
     stops: dict[int, set[int]] = {}
     for result in rules:
-        if result.epochs < result.settings["epochs"]:
-            stops.setdefault(result.epochs, set()).add(result.settings["patience"])
+        accuracies, patience = result.curves["validation_accuracy"], result.settings["patience"]
+        if stopping_epoch(accuracies, len(accuracies) + 1, patience) is not None:  # and not the end of the epochs
+            stops.setdefault(result.epochs, set()).add(patience)
     for stop, patiences in stops.items():
         axes.axvline(stop, color=color, linestyle=(3 * row, (1.5, 4.5)))
         text, place = ", ".join(map(str, sorted(patiences))), axes.get_xaxis_transform()

@@ -101,12 +101,16 @@ class Grayscale:
 class GaussianBlur:
     """torchvision's RandomApply([GaussianBlur(kernel_size, sigma)], p): sigma uniform between two bounds, in pixels.
 
-    13 pixels, an odd number, hold a Gaussian of sigma 2 up to three sigma each way.
+    13 pixels hold a Gaussian of sigma 2 up to three sigma each way. Raises ValueError where kernel_size is even.
     """
 
     kernel_size: int = 13
     sigma: tuple[float, float] = (0.1, 2.0)
     p: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         return torch.rand(n, generator=rng) < self.p, torch.empty(n).uniform_(*self.sigma, generator=rng)

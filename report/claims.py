@@ -61,7 +61,9 @@ class Claim:
 
 
 def mark_of(found: Difference, zone: tuple[float, float]) -> str:
-    """Told by the 95 % interval, against the zone: inside, outside, or neither. Single seeds have none."""
+    """Told by the 95 % interval, against the zone: inside, outside, or neither; there is none where nothing tells how far
+    seeds lie apart.
+    """
     if found.half is None:
         return "cannot be told"
     low, high = found.value - found.half, found.value + found.half

@@ -198,7 +198,7 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
             save_figure(plot(found), path, also, stamp)
 
 
-SCALE = (0, 60, 94), (0, 0.3, 1)  # percent, and how far to the right of the overview they are
+SCALE = (0, 60, 100), (0, 0.27, 1)  # percent, and how far to the right of the overview they are
 WIDE = 10  # points to either side: such a bar says little
 
 
@@ -210,7 +210,7 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     figure = Figure(figsize=(9.6, 0.255 * len(lines) + 1.2))
     axes = figure.add_subplot(xlabel=f"test accuracy (%); the scale changes at {SCALE[0][1]}")
     axes.set_xscale("function", functions=(lambda x: np.interp(x, *SCALE), lambda y: np.interp(y, *SCALE[::-1])))
-    axes.set(xlim=SCALE[0][::2], ylim=(len(lines) - 0.4, -0.6), xticks=(0, 20, 40, *range(60, 94, 5)))
+    axes.set(xlim=SCALE[0][::2], ylim=(len(lines) - 0.4, -0.6), xticks=(0, 20, 40, *range(60, 100, 5)))
     axes.set_yticks(range(len(lines)), lines)
     axes.axvline(SCALE[0][1], color="0.5", linewidth=1)
     axes.grid(axis="x", alpha=0.3)

@@ -291,7 +291,9 @@ def read_claims(root) -> list[dict]:
             ]
             claims += found
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: delete it, and run that question with --replot") from error
+            raise UserError(
+                f"{path} is damaged, or of an older version: delete it, and run that question with --replot"
+            ) from error
     return claims
 
 

@@ -93,6 +93,8 @@ def test_cutout_in_the_corners_and_blur_at_its_ends():
         assert (ours[0] != images[0]).sum() == 3 * 8 * 8
     sigma = torch.tensor([0.1, 2.0, 0.1001, 0.5, 1.0, 1.999]).repeat(10)
     assert_like_torchvision(GaussianBlur(13), images, torch.ones(60, dtype=torch.bool), sigma)
+    with pytest.raises(ValueError, match="odd"):
+        GaussianBlur(14)
 
 
 @pytest.mark.parametrize("number", range(4), ids=ADJUSTMENTS)

@@ -193,12 +193,28 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_pat
     assert path.read_bytes() == before
 
 
+def test_an_older_checkpoint_gets_the_defaults_when_it_goes_on(small, tmp_path):
+    """It held only the settings that were not at their default."""
+    state = follow(small, tmp_path, epochs=1)
+    path = tmp_path / f"{SETTINGS.key()}.pt"
+    state["settings"] = {"batch_size": SETTINGS.batch_size}
+    torch.save(state, path)
+    assert follow(small, tmp_path, epochs=2)["settings"] == SETTINGS.shaping()
+
+
 @pytest.mark.parametrize(("which", "losses"), [("validation", [math.inf]), ("augmented validation", [1.0, math.inf])])
 def test_no_validation_loss_that_is_not_finite_reaches_the_history(small, monkeypatch, which, losses):
     measured = iter(losses)
     monkeypatch.setattr(common, "evaluate", lambda *_: (next(measured), torch.zeros(50)))
     with pytest.raises(UserError, match=f"the {which} loss became inf"):
         common.validate(fresh(small)[0], small["validation"], SETTINGS, 1)
+
+
+def test_a_last_batch_of_few_images_joins_the_one_before():
+    for images, size, sizes in ((41, 20, [20, 21]), (56, 20, [20, 20, 16]), (1, 20, [1]), (10, 4, [4, 6])):
+        batches = common.cut_batches(torch.arange(images), size)
+        assert torch.equal(torch.cat(batches), torch.arange(images))
+        assert [len(batch) for batch in batches] == sizes
 
 
 def test_no_epoch_is_trained_twice(small, two_epochs):
