@@ -325,13 +325,13 @@ def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise:
 
 
 def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> tuple[float, float] | None:
-    """Where one more seed of a run would fall: the 95 % prediction interval. Of an unsteady run by its own seeds, if
-    there are three. None where nothing tells.
+    """Where one more seed of a run would fall: the 95 % prediction interval; of an unsteady run by its own seeds. None
+    where fewer than two degrees of freedom tell how far seeds lie apart.
     """
     own = values(results, what)
     if not results[0].is_steady:
-        noise = pooled([own]) if len(own) > 2 else None
-    if noise is None:
+        noise = pooled([own])
+    if noise is None or noise.df < 2:
         return None
     half = noise.half(1 + 1 / len(own))
     return float(own.mean()) - half, float(own.mean()) + half

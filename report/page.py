@@ -8,7 +8,6 @@ What is the same for everyone stands in the templates beside this file; what we 
 import argparse
 import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -239,14 +238,21 @@ def report_cells(question: Question, run: str) -> tuple[str, str]:
 
 
 def machines(own: Results) -> list[str]:
-    """Where the question's epochs were trained, and how long one took."""
-    seconds: dict[str, list[float]] = {}
-    for result in chain(*own.values()):
+    """Where the question's epochs were trained, how long one took, and how many; every training once."""
+    by_length = sorted(chain(*own.values()), key=lambda result: result.epochs)
+    longest = {(result.training(), result.seed, result.curves["train_loss"][0]): result for result in by_length}
+    seconds: dict[str, list[np.ndarray]] = {}
+    for result in longest.values():
         ends = [here["from_epoch"] for here in result.environments[1:]] + [result.epochs + 1]
         for here, end in zip(result.environments, ends):
             place = f"{here['device']} ({here['precision']}, torch {here['torch']})"
-            seconds.setdefault(place, []).extend(result.curves["seconds"][here["from_epoch"] - 1 : end - 1])
-    return [f"{place}: {statistics.median(all_):.1f} s, {len(all_)} epochs" for place, all_ in sorted(seconds.items())]
+            seconds.setdefault(place, []).append(result.curves["seconds"][here["from_epoch"] - 1 : end - 1])
+    lines = []
+    for place, trained in sorted(seconds.items()):
+        medians = sorted(map(np.median, trained))
+        ends = dict.fromkeys(f"{median:.1f}" for median in (medians[0], medians[-1]))
+        lines.append(f"{place}: {' to '.join(ends)} s, {sum(map(len, trained))} epochs")
+    return lines
 
 
 CURVES = {"validation_accuracy": "accuracy {:.1f}", "train_loss": "training loss {:.3f}"}
