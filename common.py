@@ -21,6 +21,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,10 @@ class Settings:
     epochs: int = 20
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
+    def __post_init__(self) -> None:
+        if any(" at 0x" in repr(a) for a in self.augment):
+            raise ValueError(f"{self.augment}: make it a frozen dataclass; its repr names the checkpoint")
+
     def as_dict(self) -> dict:
         """The settings as JSON can hold them; an augmentation is its repr."""
         return vars(self) | {"augment": [repr(a) for a in self.augment], "mean": [*self.mean], "std": [*self.std]}
@@ -121,11 +126,12 @@ def generator(seed: int, epoch: int, stream: str) -> torch.Generator:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@dataclass(eq=False)
 class Split:
     """Images held whole on the device, uint8 [N, 3, 32, 32], with labels int64 [N]; batches are made of them."""
 
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.labels = images, labels
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -145,7 +151,7 @@ class Split:
         images = self.images[mine].float().div_(255)
         if rng is not None:
             images = augment(images, settings.augment, rng, len(index), part)
-        images = TF.normalize(images, settings.mean, settings.std, inplace=True)
+        images = TF.normalize(images, settings.mean, settings.std)
         return images.contiguous(memory_format=torch.channels_last), self.labels[mine]
 
 
@@ -173,7 +179,7 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     """
     try:
         parts = open_cifar10(data_dir)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         advice = f"put {CIFAR10.base_folder}/ there (delete it where it is damaged: it is downloaded anew)"
         raise UserError(
             f"no CIFAR-10 in {str(data_dir)!r} ({machine.first_line(error)}): {advice}, "
@@ -604,6 +610,8 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
+        if machine.out_of_memory(error):
+            raise
         raise UserError(f"the checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
     if different:
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
@@ -688,8 +696,7 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    return whole_number(text, 1)
+positive = partial(whole_number, least=1)
 
 
 def make_parser(doc: str | None) -> machine.Parser:
@@ -700,7 +707,7 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
-    add("--epochs", type=positive, metavar="N", help="not the report's; such runs are named by it, and not compared")
+    add("--epochs", type=positive, metavar="N", help="such runs are named by it; the overview leaves them out")
     add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")

@@ -223,7 +223,7 @@ def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:
 
 def preview_runs(runs: Sequence[Run], args: argparse.Namespace) -> None:
     """--preview: one figure for every run with an augmentation, on bundled images."""
-    augmented = [run for run in runs if run.settings.augment]
+    augmented = {run.name: run for run in runs if run.settings.augment}.values()  # not every seed
     if not augmented:
         raise UserError("--preview: none of these runs has an augmentation")
     require_writable(args.output_dir)

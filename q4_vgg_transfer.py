@@ -222,8 +222,10 @@ def compute_features(model: VGG11, split: Split, settings: Settings, mirror: boo
 
 
 def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
-    """What the loop is fed: of a backbone frozen in evaluation mode its features; test images are never mirrored."""
-    if settings.backbone != "frozen":
+    """What the loop is fed: of a backbone frozen in evaluation mode its features; test images are never mirrored. With
+    other augmentations than the mirror there are too many.
+    """
+    if settings.backbone != "frozen" or settings.augment != (MIRROR,):
         return data
     return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,12 +157,18 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes."""
+    """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes.
+
+    Told to look for unused parameters, it keeps its gradients in the order of the first step; else it orders them anew
+    after every start, and a training that goes on rounds otherwise (from three processes on).
+    """
     if world_size() == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
 
 @contextmanager
@@ -286,15 +293,22 @@ class Parser(argparse.ArgumentParser):
 OUT_OF_MEMORY = r"not enough memory|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Of the machine itself, not of its GPU."""
+    return isinstance(error, MemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
+    )
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """One line that says what to do, and the exit code; None for what is our own fault, which deserves a traceback."""
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; finished epochs are kept, the same command (without --fresh) goes on after them", 130
+        return "interrupted; a training keeps its finished epochs, and the same command (without --fresh) goes on", 130
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device", 2
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))):
+    if out_of_memory(error):
         return f"there is not enough memory ({first_line(error)}): end what else runs on this machine", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 2

@@ -56,7 +56,7 @@ def is_drawn(path: Path, stamp: str) -> bool:
 
 def title(result: Result, text: str) -> str:
     """Heading of a figure. Those of the sample say so."""
-    return f"{'SAMPLE (not all of CIFAR-10): ' if result.is_sample else ''}question {result.question[1:]}: {text}"
+    return f"{'SAMPLE (not all of CIFAR-10): ' if result.is_sample else ''}question {result.question[1:2]}: {text}"
 
 
 def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
@@ -194,7 +194,7 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
     stamp = "-".join(result.digest for result in found)
     for name, plot in RUN_FIGURES.items():
         path = found[0].path.with_name(f"{name}.png")
-        if anew or not is_drawn(path, stamp) or (also and not path.with_suffix(f".{also}").exists()):
+        if anew or not is_drawn(path, stamp) or (also and not is_drawn(path.with_suffix(f".{also}"), stamp)):
             save_figure(plot(found), path, also, stamp)
 
 

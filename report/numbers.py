@@ -138,7 +138,7 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
 def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Iterable[str] = ()) -> Results:
     """The results of a question's declared runs, in order, then of runs whose names its options made.
 
-    replaced: names of files that are about to be. Raises UserError where results cannot be read, or where their
+    replaced: results that are about to be, "crop/seed0.json". Raises UserError where results cannot be read, or where their
     settings are not those of their run.
     """
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
@@ -147,7 +147,7 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
         if found := read_run(folder / name, sample):
             results[name] = found
         for result in found if name in settings else ():
-            if result.path.name not in replaced:
+            if f"{name}/{result.path.name}" not in replaced:
                 require_same_settings(result, settings[name].as_dict(), f"the run {name} in {folder.name}'s script")
     return results
 
@@ -263,7 +263,7 @@ def values(results: Sequence[Result], what: str) -> np.ndarray:
 
 def mean(results: Sequence[Result], what: str) -> float:
     """As tables print it. Differences are those of these numbers, so that a reader can subtract."""
-    return round(float(values(results, what).mean()), DIGITS.get(what, 2))
+    return round(float(values(results, what).mean()), DIGITS.get(what, 2)) + 0.0  # no negative zero
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -370,7 +370,8 @@ def report_rows(root: Path) -> list[ReportRow]:
         for run, printed in runs.items():
             if "test" in printed and (question, run) != ("q2", "convnet"):
                 found[question, run] = read_run(root / question / run)
-    noise = {network: noise_alike(found.values(), network) for network in ("ConvNet", "VGG11")}
+    networks = {results[0].settings["network"] for results in found.values() if results}
+    noise = {network: noise_alike(found.values(), network) for network in networks}
     rows = []
     for (question, run), results in found.items():
         interval = one_more(results, "alike", noise[results[0].settings["network"]]) if results else None
@@ -400,11 +401,16 @@ NAMES = {  # what stands in a run's name -> what people read, one after the othe
 }
 
 
+def split_name(run: str) -> list[str]:
+    """The name of a declared run, and what --epochs and --precision appended to it."""
+    return re.split(r"_(?=\d+epochs|(?:fp32|bf16|fp16)$)", run)
+
+
 def name_of(run: str) -> str:
     """A run's name for people."""
-    if run == "scratch":
-        return "VGG11_bn from scratch"
-    name = run
+    name, *options = split_name(run)
+    text = name
     for pattern, words in NAMES.items():
-        name = re.sub(pattern, words, name)
-    return name.replace("_", " + " if run.startswith("crop_") else " ")
+        text = re.sub(pattern, words, text)
+    text = text.replace("_", " + " if name.startswith("crop_") else " ")
+    return ", ".join(["VGG11_bn from scratch" if name == "scratch" else text, *options])

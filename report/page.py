@@ -51,9 +51,11 @@ def check_pages(question: Question, args: argparse.Namespace) -> None:
     written += [folder / name for name in ("README.md", "claims.json")]
     for path in [*written, *(folder / run.name / f"{name}.png" for run in question.runs for name in RUN_FIGURES)]:
         require_ours(path)
-    replaced = set() if args.replot else {f"seed{seed}.json" for seed in seeds_of(args)}
+    names = args.only or [run.name for run in question.runs]
+    named_by_options = args.replot or args.epochs or args.precision != "auto"
+    replaced = set() if named_by_options else {f"{name}/seed{seed}.json" for name in names for seed in seeds_of(args)}
     for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
-        if result.path.name not in replaced:
+        if f"{result.run}/{result.path.name}" not in replaced:
             numbers.read_arrays(result)
     numbers.read_beside(root, question.beside, args.sample)
     if not args.sample:
@@ -317,9 +319,15 @@ def write_overview(root, args: argparse.Namespace) -> None:
     write_page(root / "README.md", "overview.md.jinja", content)
 
 
+def reported_lengths(folder) -> Results:
+    """A question's results, but for runs that --epochs or --precision named."""
+    results = numbers.read_question(folder, [], sample=False)
+    return {run: found for run, found in results.items() if len(numbers.split_name(run)) == 1}
+
+
 def augmentations(root) -> dict:
     """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
-    q3 = numbers.read_question(root / "q3", [], sample=False)
+    q3 = reported_lengths(root / "q3")
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
     added = {run: mean(found, "alike_validation") - mean(found, "validation") for run, found in augmented.items()}
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
@@ -340,7 +348,7 @@ def habits(root) -> dict:
     """
     readings, stopped = {}, []
     for question in numbers.the_report()["numbers"]:
-        for result in chain(*numbers.read_question(root / question, [], sample=False).values()):
+        for result in chain(*reported_lengths(root / question).values()):
             if result.settings["patience"]:
                 stopped.append(result)
             else:

@@ -11,7 +11,7 @@ from scipy.stats import t
 from common import ROOT, Run, Settings
 from parts.machine import UserError
 from report import numbers
-from report.numbers import Noise, difference, measure, one_more, pooled, read_question, read_run, steady_noise
+from report.numbers import Noise, difference, measure, name_of, one_more, pooled, read_question, read_run, steady_noise
 from results import make, seeds
 
 COMMITTED = ROOT / "results"
@@ -63,7 +63,7 @@ def test_results_of_other_settings_than_the_other_seeds_or_the_script_are_named(
     declared = [Run("convnet", Settings(learning_rate=0.1))]
     with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
         read_question(q1, declared, sample=False)
-    replaced = [f"seed{seed}.json" for seed in range(3)]  # now: the old ones may differ
+    replaced = [f"convnet/seed{seed}.json" for seed in range(3)]  # now: the old ones may differ
     assert len(read_question(q1, declared, sample=False, replaced=replaced)["convnet"]) == 3
     path = q1 / "convnet/seed1.json"
     edit(path, lambda result: result["settings"].update(precision="fp32"))
@@ -102,6 +102,12 @@ def test_arrays_of_another_training_are_refused(q1):
 def test_the_reports_rows_stand_in_order_and_once():
     names = [(row.question, row.run) for row in numbers.report_rows(COMMITTED)]
     assert names[0] == ("q1", "convnet") and ("q2", "convnet") not in names and len(set(names)) == len(names) == 27
+
+
+def test_what_options_append_stands_apart_in_a_name():
+    names = {"scratch_fp32": "VGG11_bn from scratch, fp32", "crop_flip_3epochs": "crop + flip, 3epochs"}
+    names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
+    assert {run: name_of(run) for run in names} == names
 
 
 def test_measures():

@@ -1,6 +1,6 @@
 """Several processes on one training, under torchrun: the same losses and weights as one process, up to rounding.
 
-The sums over a batch are split in two, so they round differently, and Adam makes whole steps of the rounding of tiny
+The sums over a batch are split in three, so they round differently, and Adam makes whole steps of the rounding of tiny
 gradients: two trainings part slowly. One step's gradients must agree, and the losses of the first steps.
 """
 
@@ -21,24 +21,28 @@ CPU = torch.device("cpu")
 CHANGES = {"adam": {}, "muon": {"optimizer": "muon", "filter_learning_rate": 0.1}, "batch norm": {"batch_norm": True}}
 
 
-def one_step(folder, changes: dict) -> dict:
-    """A training of one step, of 101 images, 50 and 51 where there are two processes; what this process has afterwards."""
-    settings = Settings(precision="fp32", batch_size=101, epochs=1, **changes)
+def train_steps(folder, changes: dict, stops: tuple[int, ...] = (1,)) -> dict:
+    """A training up to each of these epochs in turn, going on from its checkpoint; an epoch is a step of 101 images, 33
+    or 34 for each of three processes. What this process has afterwards.
+    """
     sample = load_sample()["train"]
-    split = common.Split(sample.images[:101], sample.labels[:101])
-    model, data = build(Run("step", settings), CPU), dict.fromkeys(("train", "validation", "test"), split)
-    state = common.train(Run("step", settings), model, data, CPU, folder / f"{settings.key()}.step")
+    data = dict.fromkeys(("train", "validation", "test"), common.Split(sample.images[:101], sample.labels[:101]))
+    for epochs in stops:
+        run = Run("steps", Settings(precision="fp32", batch_size=101, epochs=epochs, **changes))
+        model, path = build(run, CPU), folder / f"{run.settings.key()}-{len(stops)}-of-{max(stops)}.step"
+        state = common.train(run, model, data, CPU, path)
     found = {"gradients": [p.grad for p in model.parameters()], "weights": [p.data for p in model.parameters()]}
     return found | {"loss": state["history"][0]["train_loss"], "buffers": dict(model.named_buffers())}
 
 
 def main() -> None:
-    """Of every process: a step of each kind, and then question 1."""
+    """Of every process: a step of each kind, two in one go and with a stop between them, and then question 1."""
     check_pages = q1_convnet.check_pages
 
     def steps_first(question, args):  # the processes have joined
         folder = args.output_dir.parent
-        steps = {name: one_step(folder, changes) for name, changes in CHANGES.items()}
+        steps = {name: train_steps(folder, changes) for name, changes in CHANGES.items()}
+        steps |= {"whole": train_steps(folder, {}, (2,)), "resumed": train_steps(folder, {}, (1, 2))}
         torch.save(steps, folder / f"step.{machine.rank()}")
         (folder / f"pid.{machine.rank()}").write_text(str(os.getpid()))
         check_pages(question, args)
@@ -49,9 +53,9 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The folder of two processes, the second of which was killed after the first epoch."""
+    """The folder of three processes, the second of which was killed after the first epoch."""
     folder = tmp_path_factory.mktemp("killed")
-    process = start(folder, script="test_processes", processes=2)
+    process = start(folder, script="test_processes", processes=3)
     while "epoch 1/3" not in (line := process.stderr.readline()):  # written when the epoch is over
         assert line, "the processes ended early"
     os.kill(int((folder / "pid.1").read_text()), signal.SIGKILL)
@@ -60,33 +64,39 @@ def killed(tmp_path_factory):
     return folder
 
 
-def test_two_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, killed, narrow, capsys):
-    two = checkpoint(killed)
-    epochs = len(two["history"])
-    assert 1 <= epochs < 3 and two["environments"][0]["processes"] == 2
-    losses = [state["step_losses"][0][:FIRST_STEPS] for state in (two, checkpoint(finished[0]))]
+def test_three_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, killed, narrow, capsys):
+    three = checkpoint(killed)
+    epochs = len(three["history"])
+    assert 1 <= epochs < 3 and three["environments"][0]["processes"] == 3
+    losses = [state["step_losses"][0][:FIRST_STEPS] for state in (three, checkpoint(finished[0]))]
     torch.testing.assert_close(*losses, atol=STEP_TOLERANCE, rtol=0)
     q1_convnet.main(three_epochs(killed))
     err = capsys.readouterr().err
     assert f"epoch {epochs + 1}/3" in err and f"epoch {epochs}/3" not in err
     resumed = checkpoint(killed)
-    assert [e["processes"] for e in resumed["environments"]] == [2, 1]
+    assert [e["processes"] for e in resumed["environments"]] == [3, 1]
     assert [len(losses) for losses in resumed["step_losses"]] == [len(resumed["step_losses"][0])] * 3
 
 
-def test_one_step_of_two_processes_has_the_gradients_of_one(killed, narrow, tmp_path):
+def test_one_step_of_three_processes_has_the_gradients_of_one(killed, narrow, tmp_path):
     of_first, of_second = (torch.load(killed / f"step.{rank}", weights_only=True) for rank in range(2))
     for name in ("adam", "muon"):
-        one, two = one_step(tmp_path, CHANGES[name]), of_first[name]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        for ours, theirs in zip(two["gradients"], one["gradients"], strict=True):
+        one, three = train_steps(tmp_path, CHANGES[name]), of_first[name]
+        assert three["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        for ours, theirs in zip(three["gradients"], one["gradients"], strict=True):
             assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-3
-    for ours, theirs in zip(two["weights"], one["weights"], strict=True):  # Muon's: see above of Adam's
+    for ours, theirs in zip(three["weights"], one["weights"], strict=True):  # Muon's: see above of Adam's
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-2
     buffers, same = of_first["batch norm"]["buffers"], of_second["batch norm"]["buffers"]
     assert buffers and all(torch.equal(buffers[name], same[name]) for name in buffers)  # the first process's, for all
-    alone = one_step(tmp_path, CHANGES["batch norm"])["buffers"]  # each process normalises its own part of the batch
+    alone = train_steps(tmp_path, CHANGES["batch norm"])["buffers"]  # each process normalises its own part of the batch
     assert not torch.allclose(buffers["features.1.running_mean"], alone["features.1.running_mean"], rtol=1e-4, atol=0)
+
+
+def test_three_processes_go_on_to_the_very_same_weights(killed):
+    steps = torch.load(killed / "step.0", weights_only=True)
+    for ours, theirs in zip(steps["resumed"]["weights"], steps["whole"]["weights"], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch, narrow):

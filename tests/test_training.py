@@ -288,6 +288,8 @@ def test_the_key_is_what_shapes_the_weights():
     for name in {field.name for field in dataclasses.fields(Settings)} - {"epochs", "patience"}:
         other = {"augment": ("x",), "mean": (0.0,), "std": (1.0,)}.get(name, 7)
         assert Settings(**{name: other}).key() != Settings().key()
+    with pytest.raises(ValueError, match="make it a frozen dataclass"):  # else every start had another key
+        Settings(augment=(object(),))
 
 
 def test_the_keys_of_trained_networks_never_change():
@@ -349,6 +351,15 @@ def test_a_damaged_checkpoint_is_named_and_kept(small, two_epochs, tmp_path, dam
     with pytest.raises(UserError, match=f"the checkpoint {path} is damaged .*--fresh"):
         follow(small, tmp_path, epochs=4)
     assert path.read_bytes() == content
+
+
+def test_a_full_memory_is_not_taken_for_damage(small, two_epochs, monkeypatch):
+    def load(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_checkpoint(two_epochs[0], SETTINGS, *fresh(small))
 
 
 def test_a_score_counts_the_report_s_images_and_all():
