@@ -295,9 +295,7 @@ OUT_OF_MEMORY = r"not enough memory|can't allocate memory|could not (create|exec
 
 def out_of_memory(error: BaseException) -> bool:
     """Of the machine itself, not of its GPU."""
-    return isinstance(error, MemoryError) or bool(
-        isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
-    )
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -319,7 +319,7 @@ def write_overview(root, args: argparse.Namespace) -> None:
     write_page(root / "README.md", "overview.md.jinja", content)
 
 
-def reported_lengths(folder) -> Results:
+def without_options(folder) -> Results:
     """A question's results, but for runs that --epochs or --precision named."""
     results = numbers.read_question(folder, [], sample=False)
     return {run: found for run, found in results.items() if len(numbers.split_name(run)) == 1}
@@ -327,7 +327,7 @@ def reported_lengths(folder) -> Results:
 
 def augmentations(root) -> dict:
     """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
-    q3 = reported_lengths(root / "q3")
+    q3 = without_options(root / "q3")
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
     added = {run: mean(found, "alike_validation") - mean(found, "validation") for run, found in augmented.items()}
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
@@ -348,7 +348,7 @@ def habits(root) -> dict:
     """
     readings, stopped = {}, []
     for question in numbers.the_report()["numbers"]:
-        for result in chain(*reported_lengths(root / question).values()):
+        for result in chain(*without_options(root / question).values()):
             if result.settings["patience"]:
                 stopped.append(result)
             else:
