@@ -13,7 +13,7 @@ Printed: the machine, and three tables.
   over rounds) and images/s of both; how many times faster ours is (median, least and greatest of the rounds' ratios);
   the peak memory of each process (on CUDA: of its tensors; else all of it, without the DataLoader's workers).
 - On a CPU, every convolution of the networks in our precision, direction by direction: ms of PyTorch's kernel and of
-  the matrix product (parts/layers.py); a star marks what the rule for this CPU chooses.
+  ours (parts/layers.py; in float32 Winograd's algorithm, else the matrix product); a star marks what the rule chooses.
 - Augmentation: ms per batch of 200, torchvision's on PIL images one by one, as in a DataLoader's worker, and ours.
 
 Two CPU cores need about ten minutes in bfloat16 and several times that without, a GPU a minute or two. Let the machine
@@ -47,7 +47,7 @@ import common
 from common import Run, Settings, Split, build, convnet, positive
 from parts import machine
 from parts.augment import augment
-from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, convert, product_rule
+from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, convert, convolution_rule, winograd
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, vgg
 
@@ -210,16 +210,24 @@ def convolution_shapes() -> list[tuple[int, int, int]]:
     return sorted(shapes, key=lambda shape: (-shape[2], shape))
 
 
-def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, product: bool) -> list[float]:
+def as_pytorch(*tensors: Tensor) -> Tensor:
+    return F.conv2d(*tensors, padding=1)
+
+
+def as_product(*tensors: Tensor) -> Tensor:
+    return ConvolutionAsProduct.apply(*tensors, (True, True, True))
+
+
+def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, convolve: Callable) -> list[float]:
     """ms of the output, of the gradient of the input and of that of the weights, for a batch of 200."""
     c_in, c_out, size = shape
     images = torch.randn(200, c_in, size, size).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(c_out, c_in, 3, 3).to(dtype, memory_format=torch.channels_last)
-    others = torch.zeros(c_out, dtype=dtype), [product] * 3
-    times = [measure_ms(CPU, ConvolutionAsProduct.apply, images, weight, *others)]
+    bias = torch.zeros(c_out, dtype=dtype)
+    times = [measure_ms(CPU, convolve, images, weight, bias)]
     for wanted in (images, weight):
         wanted.requires_grad_()
-        output = ConvolutionAsProduct.apply(images, weight, *others)
+        output = convolve(images, weight, bias)
         backward = functools.partial(torch.autograd.grad, output, wanted, torch.randn_like(output), retain_graph=True)
         times.append(measure_ms(CPU, backward))
         wanted.requires_grad_(False)
@@ -228,14 +236,18 @@ def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, product: b
 
 def print_convolutions(precision: str) -> None:
     """The second table."""
-    dtype, pair = machine.computing_dtype(precision), "PyTorch  product"
+    dtype = machine.computing_dtype(precision)
+    rule = convolution_rule("cpu", dtype)
+    name, ours = ("Winograd", winograd) if rule.winograd else ("product", as_product)
+    pair = f"PyTorch {name:>8}"
     print(f"\n{'convolutions of 200 images':<28}{'output':>18}{'input gradient':>20}{'weight gradient':>20}")
     print(f"{f'in {precision}, ms':<28}{pair:>18}{pair:>20}{pair:>20}")
     for shape in convolution_shapes():
-        theirs, ours = (time_convolution(shape, dtype, product) for product in (False, True))
-        cells = []
-        for their_ms, our_ms, product in zip(theirs, ours, product_rule("cpu", dtype).products(shape[2] ** 2)):
-            stars = ("", "*") if product else ("*", "")
+        cells, chosen = [], rule.products(shape[2] ** 2)
+        if rule.winograd:
+            chosen = [shape[0] >= rule.winograd] * 3
+        for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in (as_pytorch, ours)), chosen):
+            stars = ("", "*") if star else ("*", "")
             cells.append(f"{f'{their_ms:.1f}{stars[0]}':>10}{f'{our_ms:.1f}{stars[1]}':>9}")
         print(f"{'{} -> {}, {} x {}'.format(*shape, shape[2]):<28}{' '.join(cells)}")
 

@@ -20,7 +20,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from parts.layers import product_rule
+from parts.layers import convolution_rule
 
 
 class UserError(Exception):
@@ -101,7 +101,7 @@ def environment(device: torch.device, precision: str) -> dict:
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "convolutions": str(product_rule(device.type, computing_dtype(precision))),
+        "convolutions": str(convolution_rule(device.type, computing_dtype(precision))),
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common import ConvNet
 from parts import layers
-from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, ProductRule
+from parts.layers import Conv2d, ConvolutionAsProduct, ConvolutionRule, Dropout, winograd
 
 SHAPES = [(3, 5, 7, 5, 3), (4, 2, 1, 1, 3), (2, 4, 5, 5, 1), (2, 3, 3, 6, 5)]  # C_in, C_out, H, W, K
 
@@ -41,32 +41,50 @@ def test_every_choice_of_products_is_the_convolution(shape, products):
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8, 4, 3), (2, 4, 2, 2, 3), (1, 2, 7, 5, 3), (2, 1, 1, 9, 3)], ids=str)
+def test_winograds_algorithm_is_the_convolution(shape):
+    for batch in (1, 3):
+        ours = step(winograd, shape, batch)
+        assert_all_close(ours, step(lambda x, w, b: F.conv2d(x, w, b, padding=1), shape, batch))
+        assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_winograds_algorithm_is_exact_enough_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    images, weight = torch.randn(4, 512, 8, 8, generator=rng), torch.randn(16, 512, 3, 3, generator=rng)
+    exact = F.conv2d(images.double(), weight.double(), padding=1)
+    ours = winograd(images, weight, torch.zeros(16))
+    assert (ours - exact).norm() < 1e-5 * exact.norm()  # bfloat16's is 2e-3
+
+
 @pytest.fixture
 def rule(monkeypatch):
     """Set the rule, whatever the CPU."""
-    return lambda *limits: monkeypatch.setattr(layers, "product_rule", lambda *_: ProductRule(*limits))
+    return lambda *limits: monkeypatch.setattr(layers, "convolution_rule", lambda *_: ConvolutionRule(*limits))
 
 
-def test_a_network_with_products_is_the_network(narrow, monkeypatch, rule):
+def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
     torch.manual_seed(0)
     model, images = ConvNet(batch_norm=True).double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    used, apply = [], ConvolutionAsProduct.apply
+    used, apply, tiled = [], ConvolutionAsProduct.apply, []
     monkeypatch.setattr(ConvolutionAsProduct, "apply", lambda *inputs: used.append(inputs) or apply(*inputs))
+    monkeypatch.setattr(layers, "winograd", lambda *inputs: tiled.append(inputs) or winograd(*inputs))
     found, products = [], []
-    for limits in ((0, 0, 0), (64, 64, 64), (16, 16, 64)):
+    for limits in ((0, 0, 0, 0), (0, 64, 64, 64), (0, 16, 16, 64), (4, 0, 0, 0)):
         rule(*limits)
         model.zero_grad()
         output = model(images)
         output.square().sum().backward()
         found.append([output.detach(), *(p.grad.clone() for p in model.parameters())])
         products.append(sum(map(sum, (inputs[-1] for inputs in used))))
-    assert products == [0, 9, 9 + 7]  # layers with outputs of 8 x 8, 4 x 4 and 2 x 2 pixels
+    assert products == [0, 9, 9 + 7, 9 + 7]  # layers with outputs of 8 x 8, 4 x 4 and 2 x 2 pixels
+    assert len(tiled) == 4  # all but the first, of 3 channels
     for other in found[1:]:
         assert_all_close(other, found[0])
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32(rule):
-    rule(64, 64, 64)
+    rule(0, 64, 64, 64)
     layer, images = Conv2d(16, 8, 3, padding=1), torch.randn(4, 16, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(images)
@@ -79,9 +97,10 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32(rule):
 OPTIONS = [{"stride": 2}, {"padding": (1, 0)}, {"padding_mode": "reflect"}, {"groups": 2}, {"bias": False}]
 
 
+@pytest.mark.parametrize("limits", [(1, 0, 0, 0), (0, 64, 64, 64)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_other_convolutions_are_pytorchs(options, rule):
-    rule(64, 64, 64)
+def test_other_convolutions_are_pytorchs(options, limits, rule):
+    rule(*limits)
     options = {"kernel_size": 3, "padding": 1} | options
     theirs, ours = nn.Conv2d(4, 6, **options).double(), Conv2d(4, 6, **options).double()
     ours.load_state_dict(theirs.state_dict())
@@ -90,11 +109,12 @@ def test_other_convolutions_are_pytorchs(options, rule):
 
 
 def test_the_rule_follows_from_the_cpu(monkeypatch):
-    make_rule = layers.product_rule.__wrapped__
+    make_rule = layers.convolution_rule.__wrapped__
     for instruction, limits in {"amx_bf16": (16, 16, 64), "avx512_bf16": (16, 16, 16), "bf16": (0, 0, 0)}.items():
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=instruction: {name: True})
-        assert make_rule("cpu", torch.bfloat16) == ProductRule(*limits)
-        assert make_rule("cpu", torch.float32) == make_rule("cuda", torch.bfloat16) == ProductRule()
+        assert make_rule("cpu", torch.bfloat16) == ConvolutionRule(0, *limits)
+        assert make_rule("cpu", torch.float32) == ConvolutionRule(winograd=128)
+        assert make_rule("cuda", torch.bfloat16) == make_rule("cuda", torch.float32) == ConvolutionRule()
 
 
 def test_dropout_drops_its_share_and_scales_the_rest():
