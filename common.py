@@ -483,7 +483,9 @@ def make_scaler(settings: Settings, device: torch.device) -> torch.amp.GradScale
 
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
     if settings.optimizer == "muon":
-        return MuonAndSGD(model, settings.learning_rate, settings.filter_learning_rate, settings.weight_decay)
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        rates = settings.learning_rate, settings.filter_learning_rate
+        return MuonAndSGD(model, *rates, settings.weight_decay, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.Adam(trained, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common import ConvNet
-from parts.muon import MuonAndSGD
+from parts.muon import MuonAndSGD, orthogonalize
 
 RATES = {"learning_rate": 0.05, "filter_learning_rate": 0.1, "weight_decay": 0.01}
 
@@ -26,9 +26,20 @@ def backward(model: nn.Module, seed: int) -> None:
     model(torch.randn(4, 3, 5, 5)).square().sum().backward()
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=str)
+def test_orthogonalizing_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(orthogonalize(matrix), u @ values.diag() @ vh)
+
+
 def test_three_steps_are_torchs_muon_and_sgd(model):
     """The order of a matrix's columns does not matter to Muon: here they lie [C_in, K, K], there [K, K, C_in]."""
-    optimizer = MuonAndSGD(model, **RATES)
+    optimizer = MuonAndSGD(model, **RATES, dtype=torch.bfloat16)
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     others = [p for p in model.parameters() if not any(p is weight for weight in filters)]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in filters]
@@ -46,7 +57,7 @@ def test_three_steps_are_torchs_muon_and_sgd(model):
         for each in (optimizer, muon, sgd):
             each.step()
     for matrix, weight in zip(matrices, filters):
-        torch.testing.assert_close(weight.flatten(1), matrix, atol=2e-3, rtol=0)  # Muon computes in bfloat16
+        torch.testing.assert_close(weight.flatten(1), matrix, atol=2e-3, rtol=0)  # rounded otherwise
     for p, own in zip(copies, others, strict=True):
         torch.testing.assert_close(own, p)
 
