@@ -244,8 +244,8 @@ def print_convolutions(precision: str) -> None:
     print(f"{f'in {precision}, ms':<28}{pair:>18}{pair:>20}{pair:>20}")
     for shape in convolution_shapes():
         cells, chosen = [], rule.products(shape[2] ** 2)
-        if rule.winograd:
-            chosen = [shape[0] >= rule.winograd] * 3
+        if rule.is_winograd(shape[0]):
+            chosen = (True, True, True)
         for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in (as_pytorch, ours)), chosen):
             stars = ("", "*") if star else ("*", "")
             cells.append(f"{f'{their_ms:.1f}{stars[0]}':>10}{f'{our_ms:.1f}{stars[1]}':>9}")

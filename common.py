@@ -379,7 +379,7 @@ def train_epoch(
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
     total, seen, step_losses = torch.zeros((), device=device), 0, []
-    batches = cut_batches(order, settings.batch_size)
+    batches = order.split(settings.batch_size)
     for step, index in enumerate(batches, 1):
         factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
         for group in optimizer.param_groups:
@@ -498,16 +498,6 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
     return settings.lr_decay ** int(epochs_done)
 
 
-def cut_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Numbers of images [N] -> batches of `size`. A last one of a few images joins the one before it: batch norm cannot
-    normalise one image, and several processes share a batch.
-    """
-    batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) < min(16, size):
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
         advice = "the epochs before are kept; lower the learning rate or try --precision fp32"
@@ -555,7 +545,7 @@ def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
     Initialisation, order, augmentation and forward pass are all in it: where it differs, other code trained.
     """
     order = torch.randperm(len(split), generator=generator(settings.seed, 1, "order"))
-    index, rng = cut_batches(order, settings.batch_size)[0], generator(settings.seed, 1, "augment")
+    index, rng = order[: settings.batch_size], generator(settings.seed, 1, "augment")
     images, _ = split.batch(index, settings, rng, slice(32))
     model.eval()
     logits = model(images).float().cpu()

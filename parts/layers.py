@@ -17,10 +17,14 @@ class ConvolutionRule(NamedTuple):
     A fixed rule of the CPU, not a timing at start: a run must repeat. `bench.py` prints what it rests on.
     """
 
-    winograd: int = 0  # from so many input channels on; else
-    output: int = 0  # up to so many pixels of output per image, each of the three results as a product
+    winograd: int = 0  # from so many input channels on: see `winograd`
+    output: int = 0  # else, up to so many pixels of output per image, each of the three results as a product
     input_gradient: int = 0
     weight_gradient: int = 0
+
+    def is_winograd(self, channels: int) -> bool:
+        """For so many input channels?"""
+        return 0 < self.winograd <= channels
 
     def products(self, pixels: int) -> tuple[bool, ...]:
         """Which of the three are, for an output of so many pixels."""
@@ -36,14 +40,15 @@ class ConvolutionRule(NamedTuple):
 
 @functools.cache
 def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
-    """oneDNN's float32 convolutions multiply as often as the formula says, Winograd's algorithm a quarter as often.
+    """oneDNN's float32 gradient of the weights takes two to three times as long as its forward pass; Winograd's algorithm
+    is worth its additions from 128 input channels on.
 
-    Its bfloat16 convolutions leave matrix units idle where the output is small; its backward-weights kernel for AMX
-    works row by row, and rows of 8 pixels fill a quarter of a tile.
+    oneDNN's bfloat16 convolutions leave matrix units idle where the output is small; its backward-weights kernel for
+    AMX works row by row, and rows of 8 pixels fill a quarter of a tile.
     """
-    cpu = torch.cpu.get_capabilities()
     if device_type == "cpu" and dtype == torch.float32:
         return ConvolutionRule(winograd=128)
+    cpu = torch.cpu.get_capabilities()
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("amx_bf16"):
         return ConvolutionRule(output=16, input_gradient=16, weight_gradient=64)
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("avx512_bf16"):
@@ -60,7 +65,7 @@ TO_TILES = [
     [0, 2, -1, -2, 1, 0],
     [0, 4, 0, -5, 0, 1],
 ]
-TO_KERNELS = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # by 24
+TO_KERNELS = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # times 24
 TO_OUTPUTS = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
 
@@ -80,12 +85,12 @@ def winograd(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1 + -width % 4, 1, 1 + -height % 4))
     tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)  # [6, 6, N, down, across, C_in]
     *_, down, across, _ = tiles.shape
-    tiles = (both_ways(TO_TILES, images) @ tiles.reshape(36, -1)).view(36, -1, c_in)
+    tiles = (both_ways(TO_TILES, images) @ tiles.reshape(36, -1)).view(36, n * down * across, c_in)
     kernels = both_ways(TO_KERNELS, weight) / 24**2 @ weight.permute(2, 3, 1, 0).reshape(9, -1)
-    outputs = tiles @ kernels.view(36, c_in, -1)  # [36, N * down * across, C_out]
-    outputs = (both_ways(TO_OUTPUTS, images) @ outputs.view(36, -1)).view(4, 4, n, down, across, -1)
-    outputs = outputs.permute(2, 3, 0, 4, 1, 5).reshape(n, 4 * down, 4 * across, -1)[:, :height, :width]
-    return (outputs.contiguous() + bias).permute(0, 3, 1, 2)
+    outputs = tiles @ kernels.view(36, *weight.shape[1::-1])  # [36, N * down * across, C_out]
+    outputs = (both_ways(TO_OUTPUTS, images) @ outputs.view(36, -1)).view(4, 4, n, down, across, len(weight))
+    outputs = outputs.permute(2, 3, 0, 4, 1, 5).reshape(n, 4 * down, 4 * across, len(weight))[:, :height, :width]
+    return (outputs.contiguous() + bias).permute(0, 3, 1, 2)  # in memory [N, H, W, C_out]
 
 
 def image_patches(images: Tensor, size: int) -> Tensor:
@@ -153,13 +158,15 @@ class Conv2d(nn.Conv2d):
         return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and self.bias is not None
 
     def forward(self, images: Tensor) -> Tensor:
+        if not self.is_usual():
+            return super().forward(images)
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         rule = convolution_rule(device, dtype)
-        products = rule.products(images.shape[2] * images.shape[3])
-        if rule.winograd and self.in_channels >= rule.winograd and self.is_usual():
+        if rule.is_winograd(self.in_channels):
             return winograd(images, self.weight, self.bias)
-        if not any(products) or not self.is_usual():
+        products = rule.products(images.shape[2] * images.shape[3])
+        if not any(products):
             return super().forward(images)
         return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), products)
 

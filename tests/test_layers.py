@@ -1,4 +1,4 @@
-"""The layers that a CPU computes faster, against PyTorch's own. In float64, where rounding hides nothing."""
+"""The layers that a CPU computes faster, against PyTorch's own; mostly in float64, where rounding hides nothing."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def test_every_choice_of_products_is_the_convolution(shape, products):
 
 @pytest.mark.parametrize("shape", [(3, 5, 8, 4, 3), (2, 4, 2, 2, 3), (1, 2, 7, 5, 3), (2, 1, 1, 9, 3)], ids=str)
 def test_winograds_algorithm_is_the_convolution(shape):
-    for batch in (1, 3):
+    for batch in (0, 1, 3):
         ours = step(winograd, shape, batch)
         assert_all_close(ours, step(lambda x, w, b: F.conv2d(x, w, b, padding=1), shape, batch))
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
@@ -59,8 +59,15 @@ def test_winograds_algorithm_is_exact_enough_in_float32():
 
 @pytest.fixture
 def rule(monkeypatch):
-    """Set the rule, whatever the CPU."""
-    return lambda *limits: monkeypatch.setattr(layers, "convolution_rule", lambda *_: ConvolutionRule(*limits))
+    """Set the rule, whatever the CPU; returns what it is asked for."""
+    asked = []
+
+    def set_rule(*limits):
+        answer = ConvolutionRule(*limits)
+        monkeypatch.setattr(layers, "convolution_rule", lambda *of: asked.append(of) or answer)
+        return asked
+
+    return set_rule
 
 
 def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
@@ -70,7 +77,7 @@ def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
     monkeypatch.setattr(ConvolutionAsProduct, "apply", lambda *inputs: used.append(inputs) or apply(*inputs))
     monkeypatch.setattr(layers, "winograd", lambda *inputs: tiled.append(inputs) or winograd(*inputs))
     found, products = [], []
-    for limits in ((0, 0, 0, 0), (0, 64, 64, 64), (0, 16, 16, 64), (4, 0, 0, 0)):
+    for limits in ((0, 0, 0, 0), (0, 64, 64, 64), (0, 16, 16, 64), (8, 0, 0, 0)):
         rule(*limits)
         model.zero_grad()
         output = model(images)
@@ -78,17 +85,18 @@ def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
         found.append([output.detach(), *(p.grad.clone() for p in model.parameters())])
         products.append(sum(map(sum, (inputs[-1] for inputs in used))))
     assert products == [0, 9, 9 + 7, 9 + 7]  # layers with outputs of 8 x 8, 4 x 4 and 2 x 2 pixels
-    assert len(tiled) == 4  # all but the first, of 3 channels
+    assert len(tiled) == 4  # all but the first, of 3 channels; the next has 8
     for other in found[1:]:
         assert_all_close(other, found[0])
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32(rule):
-    rule(0, 64, 64, 64)
+    asked = rule(0, 64, 64, 64)
     layer, images = Conv2d(16, 8, 3, padding=1), torch.randn(4, 16, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(images)
     output.float().sum().backward()
+    assert asked == [("cpu", torch.bfloat16)]
     assert output.dtype == torch.bfloat16 and layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
     exact = F.conv2d(images.double(), layer.weight.double(), layer.bias.double(), padding=1)
     assert (output - exact).norm() < 0.02 * exact.norm()
@@ -115,6 +123,13 @@ def test_the_rule_follows_from_the_cpu(monkeypatch):
         assert make_rule("cpu", torch.bfloat16) == ConvolutionRule(0, *limits)
         assert make_rule("cpu", torch.float32) == ConvolutionRule(winograd=128)
         assert make_rule("cuda", torch.bfloat16) == make_rule("cuda", torch.float32) == ConvolutionRule()
+
+
+def test_a_rule_says_what_results_record():
+    assert str(ConvolutionRule()) == "PyTorch's own"
+    assert str(ConvolutionRule(winograd=128)) == "Winograd from 128 input channels on"
+    products = "products: output up to 4 pixels, input gradient up to 0 pixels, weight gradient up to 16 pixels"
+    assert str(ConvolutionRule(0, 4, 0, 16)) == products
 
 
 def test_dropout_drops_its_share_and_scales_the_rest():

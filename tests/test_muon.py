@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from common import ConvNet
-from parts.muon import MuonAndSGD, orthogonalize
+from parts.muon import MuonAndSGD, as_matrix, orthogonalize
 
-RATES = {"learning_rate": 0.05, "filter_learning_rate": 0.1, "weight_decay": 0.01}
+RATES = {"learning_rate": 0.05, "filter_learning_rate": 0.1, "weight_decay": 0.01, "dtype": torch.bfloat16}
 
 
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16, 10)
+    layers = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 16, 3), nn.Flatten(), nn.Linear(16, 10)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
@@ -38,28 +38,41 @@ def test_orthogonalizing_keeps_the_singular_vectors_and_brings_the_values_near_o
 
 
 def test_three_steps_are_torchs_muon_and_sgd(model):
-    """The order of a matrix's columns does not matter to Muon: here they lie [C_in, K, K], there [K, K, C_in]."""
-    optimizer = MuonAndSGD(model, **RATES, dtype=torch.bfloat16)
+    """In bfloat16, at falling learning rates, bit for bit."""
+    optimizer = MuonAndSGD(model, **RATES)
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     others = [p for p in model.parameters() if not any(p is weight for weight in filters)]
-    matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in filters]
+    matrices = [nn.Parameter(as_matrix(weight.detach()).clone()) for weight in filters]
     copies = [copy.deepcopy(p) for p in others]
     muon = torch.optim.Muon(matrices, 0.1, weight_decay=0.0, momentum=0.6)
     sgd = torch.optim.SGD(copies, 0.05, 0.85, weight_decay=0.01, nesterov=True)
     for seed in range(3):
         backward(model, seed)
         for matrix, weight in zip(matrices, filters):
-            matrix.grad = weight.grad.flatten(1).clone()
+            matrix.grad = weight.grad.permute(0, 2, 3, 1).flatten(1)
             weight.grad = weight.grad.contiguous()  # however a kernel lays it
             matrix.data *= math.sqrt(len(matrix)) / matrix.norm()
         for p, own in zip(copies, others):
             p.grad = own.grad.clone()
         for each in (optimizer, muon, sgd):
             each.step()
+        for group in (*optimizer.param_groups, *muon.param_groups, *sgd.param_groups):
+            group["lr"] *= 0.5
     for matrix, weight in zip(matrices, filters):
-        torch.testing.assert_close(weight.flatten(1), matrix, atol=2e-3, rtol=0)  # rounded otherwise
+        assert torch.equal(as_matrix(weight), matrix)
     for p, own in zip(copies, others, strict=True):
-        torch.testing.assert_close(own, p)
+        assert torch.equal(own, p)
+
+
+def test_in_float32_nothing_is_rounded_to_bfloat16(model):
+    optimizer = MuonAndSGD(model, **RATES | {"dtype": torch.float32})
+    weight = model[2].weight
+    backward(model, 0)
+    before = as_matrix(weight.detach()).clone()
+    optimizer.step()
+    before *= math.sqrt(len(before)) / before.norm()
+    update = orthogonalize(as_matrix(weight.grad.contiguous(memory_format=torch.channels_last)))
+    torch.testing.assert_close(as_matrix(weight), before - 0.1 * update, atol=1e-5, rtol=0)
 
 
 def test_it_goes_on_from_its_saved_state(model):

@@ -120,6 +120,13 @@ def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
     assert scaler.get_scale() == 2**15 and updates["fp16", math.inf][-1] == 0.0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_muon_computes_in_bfloat16_where_the_run_does(narrow, precision):
+    settings = dataclasses.replace(SETTINGS, precision=precision, **MODERN)
+    optimizer = common.make_optimizer(common.build(Run("test", settings), CPU), settings, CPU)
+    assert optimizer.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, capsys):
     """SIGKILL in the second epoch."""
     process = start(tmp_path)
@@ -208,13 +215,6 @@ def test_no_validation_loss_that_is_not_finite_reaches_the_history(small, monkey
     monkeypatch.setattr(common, "evaluate", lambda *_: (next(measured), torch.zeros(50)))
     with pytest.raises(UserError, match=f"the {which} loss became inf"):
         common.validate(fresh(small)[0], small["validation"], SETTINGS, 1)
-
-
-def test_a_last_batch_of_few_images_joins_the_one_before():
-    for images, size, sizes in ((41, 20, [20, 21]), (56, 20, [20, 20, 16]), (1, 20, [1]), (10, 4, [4, 6])):
-        batches = common.cut_batches(torch.arange(images), size)
-        assert torch.equal(torch.cat(batches), torch.arange(images))
-        assert [len(batch) for batch in batches] == sizes
 
 
 def test_no_epoch_is_trained_twice(small, two_epochs):
