@@ -183,7 +183,7 @@ def convert(layer: nn.Conv2d, to: type[nn.Conv2d] = Conv2d) -> nn.Conv2d:
 class Dropout(nn.Dropout):
     """nn.Dropout; on a CPU its mask is cut from 64-bit integers, four units from each, instead of one draw a unit.
 
-    A step of ConvNet with dropout takes 1.2 to 1.3 times as long with nn.Dropout (AMD EPYC, Zen 3, float32). The
+    A step of ConvNet with dropout takes 1.3 to 1.5 times as long with nn.Dropout (AMD EPYC, Zen 3, float32). The
     dropped share is p rounded to 1 / 65,536, and the rest is scaled by what that share asks for.
     """
 

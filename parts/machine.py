@@ -116,7 +116,7 @@ def announce(what: str, device: torch.device, precision: str) -> None:
 
 def keep_large_blocks() -> None:
     """Tell glibc's malloc to keep freed blocks; call before the first large allocation. Else every step returns its
-    activations to the kernel and back, and takes 1.2 to 1.5 times as long (ConvNet, AMD EPYC, Zen 3, float32).
+    activations to the kernel and back, and takes 1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
