@@ -210,10 +210,6 @@ def convolution_shapes() -> list[tuple[int, int, int]]:
     return sorted(shapes, key=lambda shape: (-shape[2], shape))
 
 
-def as_pytorch(*tensors: Tensor) -> Tensor:
-    return F.conv2d(*tensors, padding=1)
-
-
 def as_product(*tensors: Tensor) -> Tensor:
     return ConvolutionAsProduct.apply(*tensors, (True, True, True))
 
@@ -239,6 +235,7 @@ def print_convolutions(precision: str) -> None:
     dtype = machine.computing_dtype(precision)
     rule = convolution_rule("cpu", dtype)
     name, ours = ("Winograd", winograd) if rule.winograd else ("product", as_product)
+    both = functools.partial(F.conv2d, padding=1), ours
     pair = f"PyTorch {name:>8}"
     print(f"\n{'convolutions of 200 images':<28}{'output':>18}{'input gradient':>20}{'weight gradient':>20}")
     print(f"{f'in {precision}, ms':<28}{pair:>18}{pair:>20}{pair:>20}")
@@ -246,7 +243,7 @@ def print_convolutions(precision: str) -> None:
         cells, chosen = [], rule.products(shape[2] ** 2)
         if rule.is_winograd(shape[0]):
             chosen = (True, True, True)
-        for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in (as_pytorch, ours)), chosen):
+        for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in both), chosen):
             stars = ("", "*") if star else ("*", "")
             cells.append(f"{f'{their_ms:.1f}{stars[0]}':>10}{f'{our_ms:.1f}{stars[1]}':>9}")
         print(f"{'{} -> {}, {} x {}'.format(*shape, shape[2]):<28}{' '.join(cells)}")
