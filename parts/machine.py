@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,13 +159,12 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes.
 
     Told to look for unused parameters, it keeps its gradients in the order of the first step; else it orders them anew
-    after every start, and a training that goes on rounds otherwise (from three processes on).
+    after every start, and a training that goes on rounds otherwise (from three processes on). It warns that there are none.
     """
     if world_size() == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
