@@ -182,29 +182,35 @@ def plot_sweep(results: Results, runs: dict, heading: str, xlabel: str, baseline
     first = results[runs[min(runs)]][0]
     ylabels = ("test accuracy (%)", "loss gap in the last epoch, augmented alike:\nvalidation − training")
     figure, panels = fig.new_panels(fig.title(first, heading), ylabels, xlabel)
-    for axes, what, of, digits in zip(
-        panels, ("test", "gap"), (", best weights, all images: a dot per seed", ""), (1, 2)
-    ):
-        for name, rates, color in (("ours", runs, "tab:blue"), ("ours, after the pooling", after_pool, "tab:orange")):
-            if rates:
-                means = [mean(results[run], what) for run in rates.values()]
-                axes.plot(list(rates), means, "-", color=color, label=name + of)
-            for x, run in (rates or {}).items():
-                seeds = values(results[run], what)
-                axes.plot([x] * len(seeds), seeds, "o", color=color, markersize=4)
+    for axes, what, of in zip(panels, ("test", "gap"), (", best weights, all images: a dot per seed", "")):
+        plot_rates(axes, results, runs, what, color="tab:blue", label=f"ours{of}")
+        if after_pool:
+            plot_rates(axes, results, after_pool, what, color="tab:orange", label=f"ours, after the pooling{of}")
         if what == "test" and not first.is_sample:
-            theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
-            ours = {x: mean(results[runs[x]], "alike") for x in theirs}
-            for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
-                label = f"{name}, last weights, 1,000 images"
-                axes.plot(list(points), list(points.values()), "x", color=color, label=label)
+            plot_as_the_report(axes, results, runs)
         if baseline in results:
-            value = mean(results[baseline], what)
+            value, digits = mean(results[baseline], what), 1 if what == "test" else 2
             axes.axhline(value, color="tab:green", linestyle=":", label=f"our {name_of(baseline)}: {value:.{digits}f}")
         axes.xaxis.get_major_locator().set_params(integer=False)
         axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return figure
+
+
+def plot_rates(axes, results: Results, runs: dict[float, str], what: str, **style) -> None:
+    """A measure over a rate: the means as a line, and a dot per seed."""
+    axes.plot(list(runs), [mean(results[run], what) for run in runs.values()], "-", **style)
+    for x, run in runs.items():
+        seeds = values(results[run], what)
+        axes.plot([x] * len(seeds), seeds, "o", color=style["color"], markersize=4)
+
+
+def plot_as_the_report(axes, results: Results, runs: dict[float, str]) -> None:
+    """The test accuracies that it prints, and ours measured as those."""
+    theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
+    ours = {x: mean(results[runs[x]], "alike") for x in theirs}
+    for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
+        axes.plot(list(points), list(points.values()), "x", color=color, label=f"{name}, last weights, 1,000 images")
 
 
 def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:
