@@ -106,7 +106,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a question's table. Its name is that of its folder in results/."""
+    """A row of a question's table, with one seed. Its name is that of its folder in results/."""
 
     name: str
     settings: Settings = Settings()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from common import Run, Settings, make_parser, train_runs
 from parts.machine import session
-from report.claims import Claim, for_the_eye, overfits
+from report.claims import Claim, by_eye, overfits
 from report.page import Question, check_pages, finish_pages, update_pages
 
 RUNS = [Run("convnet", Settings(epochs=20))]
@@ -27,7 +27,7 @@ CLAIMS = [
     Claim(
         2,
         "First-layer filters look like white noise before training and show edges and colour patches after.",
-        (for_the_eye("look at q1/convnet/filters.png; question 1's table of figures has their smoothness"),),
+        (by_eye("look at q1/convnet/filters.png; question 1's table of figures has their smoothness"),),
     ),
 ]
 

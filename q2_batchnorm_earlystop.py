@@ -21,7 +21,7 @@ import report.figures as fig
 from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
 from parts.machine import session
 from report.claims import Claim, better
-from report.numbers import Result, Results
+from report.numbers import Result, Results, name_of
 from report.page import Question, check_pages, finish_pages, update_pages
 
 
@@ -74,9 +74,9 @@ def plot_pair(results: Results, names: Sequence[str]) -> fig.Figure:
     figure, (losses, accuracies) = fig.new_panels(heading, ("cross entropy", "validation accuracy (%)"))
     for name in names:
         color = COLORS[name]
-        fig.plot_curve(losses, results[name], "train_loss", f"{name}: training", color=color, linestyle="--")
-        fig.plot_curve(losses, results[name], "validation_loss", f"{name}: validation", color=color)
-        fig.plot_curve(accuracies, results[name], "validation_accuracy", name, color=color)
+        fig.plot_curve(losses, results[name], "train_loss", f"{name_of(name)}: training", color=color, linestyle="--")
+        fig.plot_curve(losses, results[name], "validation_loss", f"{name_of(name)}: validation", color=color)
+        fig.plot_curve(accuracies, results[name], "validation_accuracy", name_of(name), color=color)
     losses.legend()
     accuracies.legend()
     return figure
@@ -96,7 +96,7 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
     for axes, curve in zip(panels, ("validation_loss", "validation_accuracy")):
         for row, (network, whole) in enumerate(full.items()):
             rules, color = rules_of(whole, results), COLORS[network]
-            fig.plot_curve(axes, [whole], curve, network, color=color)
+            fig.plot_curve(axes, [whole], curve, name_of(network), color=color)
             for result in (whole, *rules):
                 style = {"fillstyle": "none", "markersize": 11} if result is whole else {}
                 axes.plot(result.best_epoch, result.curves[curve][result.best_epoch - 1], "o", color=color, **style)

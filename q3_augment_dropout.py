@@ -9,7 +9,7 @@
 The report: crop + flip (84.6 %) and the full mixture (83.0 %) are the best augmentations, though its flips of p = 0.7
 have 83.8 %; dropout helps a little at 0.1 (83.5 %) and ruins the network at 0.6 (51.6 %).
 
-The baseline is question 1's network: one training, read after 30 epochs and, beside dropout, after 20. The report's
+The baseline is question 1's network, read after 30 epochs and, beside dropout, after 20. The report's
 code drops units before the pooling; two runs of ours, `dropout_after_pool`, drop them at the usual place.
 What we found: results/q3/README.md
 """

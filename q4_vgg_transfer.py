@@ -69,7 +69,7 @@ def transfer_claim(label: str, note: str = "") -> Claim:
     frozen, finetune = f"frozen_train_mode_{label}", f"finetune_{label}"
     return Claim(
         10,
-        "A frozen ImageNet VGG11_bn is worse than the own network trained from scratch; fine-tuning it is best (89.2), "
+        "A frozen ImageNet VGG11_bn is worse than ConvNet trained from scratch; fine-tuning it is best (89.2), "
         "above training the same network from scratch (87.3).",
         (better("convnet", frozen), better(finetune, "scratch"), better(finetune, "convnet")),
         note,

@@ -46,11 +46,11 @@ ADAM = {"optimizer": "adam", "learning_rate": 2e-3, "filter_learning_rate": None
 RUNS = [
     Run("fast", FAST),
     Run("strong", STRONG),
-    Run("fast_adam", replace(FAST, **ADAM)),  # the exercise's Adam in place of Muon and SGD
+    Run("fast_adam", replace(FAST, **ADAM)),  # the report's Adam in place of Muon and SGD
     Run("fast_no_smoothing", replace(FAST, label_smoothing=0.0)),
     Run("fast_no_batchnorm", replace(FAST, batch_norm=False)),  # Muon's weights still at their norm
     Run("fast_no_augment", replace(FAST, augment=())),
-    Run("fast_exponential", replace(FAST, schedule="exponential")),  # the exercise's, 0.95 an epoch
+    Run("fast_exponential", replace(FAST, schedule="exponential")),  # the report's, 0.95 an epoch
 ]
 
 
@@ -85,7 +85,7 @@ def hold_out(data: dict[str, Split]) -> dict[str, Split]:
 
 
 def figures(results: Results) -> dict[str, fig.Figure]:
-    """Accuracy over minutes: both recipes, the exercise's settings (question 2), and the report's best ConvNet."""
+    """Accuracy over minutes: both recipes, the report's settings (question 2), and the report's best ConvNet."""
     timed = [run for run in ("fast", "strong", "batchnorm") if run in results]
     if not {"fast", "strong"} & set(timed):
         return {}
@@ -106,7 +106,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
 
 def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
     """Validation accuracy of every seed, a dot an epoch; a square for the accuracy on all test images."""
-    name = "question 2's batch norm, the exercise's settings" if run == "batchnorm" else run
+    name = "question 2's batch norm, the report's settings" if run == "batchnorm" else run
     color, label = None, f"{name}: validation; square: test"
     for result in found:
         minutes = np.cumsum(result.curves["seconds"]) / 60

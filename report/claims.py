@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from report.numbers import UNITS, Difference, Results, difference, mean, name_of, steady_noise
 
-MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "not run": "–", "for the eye": "◦"}
+MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "not run": "–", "by eye": "◦"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def overfits(run: str, by: float = 5.0) -> Part:
     return Part(run, (), "rise", (by, math.inf), text)
 
 
-def for_the_eye(text: str) -> Part:
+def by_eye(text: str) -> Part:
     """Nothing that a number decides."""
     return Part("", text=text)
 
@@ -75,7 +75,7 @@ def mark_of(found: Difference, zone: tuple[float, float]) -> str:
 def judge(part: Part, results: Results) -> dict:
     """The part's text, its mark, the runs compared, their difference and half its interval, as JSON can hold them."""
     if not part.run:
-        return {"text": part.text, "mark": "for the eye"}
+        return {"text": part.text, "mark": "by eye"}
     if not {part.run, *part.others} <= results.keys():
         return {"text": words(part, *part.others[:1]), "mark": "not run"}
     ours = results[part.run]

@@ -172,7 +172,7 @@ def own_results(question: Question, results: Results) -> Results:
 
 HEAD = (
     "run",
-    "best epoch of each seed",
+    "best / last epoch of each seed",
     "test as the report: report / ours",
     "validation as the report: report / ours",
     "ours: test",

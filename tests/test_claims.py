@@ -6,7 +6,7 @@ import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
-from report.claims import about_equal, better, for_the_eye, judge, narrowest_gap, overfits
+from report.claims import about_equal, better, by_eye, judge, narrowest_gap, overfits
 from results import make, seeds
 
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)
@@ -22,7 +22,7 @@ LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [
         (about_equal("a", "b", 3.0), "holds"),
         (about_equal("a", "b", 1.0), "reversed"),
         (about_equal("a", "b", 2.1), "cannot be told"),
-        (for_the_eye("look"), "for the eye"),
+        (by_eye("look"), "by eye"),
     ],
 )
 def test_marks(part, mark):
