@@ -2,14 +2,9 @@
 
 import pytest
 
-import q1_convnet
-import q2_batchnorm_earlystop
-import q3_augment_dropout
-import q4_vgg_transfer
 from report.claims import about_equal, better, by_eye, judge, narrowest_gap, overfits
 from results import make, seeds
 
-QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer)
 LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [78.0, 78.2, 78.4])}
 
 
