@@ -14,7 +14,7 @@ import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
-from common import ROOT, Run, Settings
+from common import ROOT, Run, Settings, make_parser
 from parts.machine import UserError
 from report import figures, page
 from results import make, seeds
@@ -23,15 +23,17 @@ COMMITTED = ROOT / "results"
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
 
 
+def options(folder: Path, *more: str) -> Namespace:
+    return make_parser("").parse_args([f"--output-dir={folder}", *more])
+
+
 @pytest.fixture
 def q1(tmp_path):
     """Question 1's committed results alone, without pictures and pages; and the options that find them."""
     (tmp_path / "q1/convnet").mkdir(parents=True)
     for path in (COMMITTED / "q1/convnet").glob("seed*"):
         shutil.copy(path, tmp_path / "q1/convnet")
-    options = {"sample": False, "replot": False, "figures": None, "list": False, "seed": None, "seeds": 1}
-    options |= {"only": None, "epochs": None, "precision": "auto"}
-    return tmp_path, Namespace(output_dir=tmp_path, **options)
+    return tmp_path, options(tmp_path)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -91,7 +93,7 @@ def test_the_committed_pages_are_what_the_results_give(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw_run", lambda *_: None)
     monkeypatch.setattr(page, "save_figure", lambda *_: None)
     for module in QUESTIONS:
-        page.write_pages(module.QUESTION, Namespace(output_dir=tmp_path, sample=False, figures=None))
+        page.write_pages(module.QUESTION, options(tmp_path))
     for path in [*tmp_path.glob("**/README.md"), *tmp_path.glob("**/claims.json")]:
         lines, committed = (
             [line for line in text.read_text().splitlines() if "| not run |" not in line]
@@ -165,18 +167,16 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
 
 
 def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
-    _, args = q1
+    root, _ = q1
     edited = replace(q1_convnet.QUESTION, runs=[Run("convnet", Settings(learning_rate=0.1))])
-    args.seeds = 3
-    page.check_pages(edited, args)  # all of them are about to be replaced
-    for option in ({"seeds": 1}, {"only": ["other"]}, {"epochs": 3}):
+    page.check_pages(edited, options(root, "--seeds=3"))  # all of them are about to be replaced
+    for more in (["--seeds=1"], ["--seeds=3", "--only", "other"], ["--seeds=3", "--epochs=3"]):
         with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
-            page.check_pages(edited, Namespace(**vars(args) | option))
+            page.check_pages(edited, options(root, *more))
 
 
 def test_a_page_names_stand_ins_and_batch_norm_by_parts(tmp_path):
     found = make("batchnorm", question="q2", batch_norm=True, weights="a.pth sha256:0123abcd")
     found.environments[0]["batch_norm"] = "over each process's part of the batch"
-    args = Namespace(output_dir=tmp_path, sample=False)
-    content = page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, args)
+    content = page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, options(tmp_path))
     assert content["by_parts"] == ["batch norm"] and content["stand_ins"] == ["a.pth sha256:0123abcd"]
