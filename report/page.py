@@ -77,12 +77,11 @@ def finish_pages(question: Question, args: argparse.Namespace) -> None:
     """At the end: figures and pages, and the table and the claims on the screen. Raises UserError."""
     if rank() != 0 or args.list:
         return
-    results, claims = write_pages(question, args, anew=args.replot)
-    table = run_table(question, results, args.sample)
-    table = [[row[0].split("]")[0].lstrip("["), *row[1:]] for row in table]  # without links
+    content = write_pages(question, args, anew=args.replot)
+    table = [[row[0].split("]")[0].lstrip("["), *row[1:]] for row in content["table"]]  # without links
     widths = [max(map(len, column)) for column in zip(*table)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table) + "\n")
-    for claim in claims:
+    for claim in content["claims"]:
         say(f"claim {claim['number']}: {claim['text']}")
         for part in claim["parts"]:
             say(f"  {part['mark']}: {part['text']} {interval_in_words(part)}".rstrip())
@@ -90,9 +89,9 @@ def finish_pages(question: Question, args: argparse.Namespace) -> None:
     say(f"\nfigures and numbers: {folder}/, page: {folder / 'README.md'}")
 
 
-def write_pages(question: Question, args: argparse.Namespace, anew: bool = False) -> tuple[Results, list[dict]]:
-    """All figures and pages that a question's results change; returns its results, with those beside, and its claims
-    as judged. anew: figures too that are drawn already.
+def write_pages(question: Question, args: argparse.Namespace, anew: bool = False) -> dict:
+    """All figures and pages that a question's results change; returns what its page shows. anew: figures too that are
+    drawn already.
     """
     root = output_folder(args)
     folder = root / question.name
@@ -109,10 +108,10 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
             content = {"made_by": MADE_BY, "claims": claims}
             figures.write_ours(folder / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
         shown = list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES]
-        content = question_content(question, results, args) | {"claims": claims, "figures": shown}
+        content = question_content(question, own, results, args) | {"claims": claims, "figures": shown}
         write_page(folder / "README.md", "question.md.jinja", content)
         write_overview(root, args)
-    return results, claims
+    return content
 
 
 def write_page(path, template: str, content: dict) -> None:
@@ -144,10 +143,10 @@ def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
     return text if len(found) == 1 else f"{text} ± {values(found, what).std(ddof=1):.{digits}f}"
 
 
-def question_content(question: Question, results: Results, args: argparse.Namespace) -> dict:
-    """What question.md.jinja shows, but for the claims and the figures."""
+def question_content(question: Question, own: Results, results: Results, args: argparse.Namespace) -> dict:
+    """What question.md.jinja shows, but for the claims and the figures. results: its own, and those beside."""
     findings = output_folder(args) / question.name / "findings.md"
-    own = own_results(question, results)
+    noise = numbers.steady_noise(results.values(), "test")
     weights = {found[0].settings["weights"] for found in own.values()}
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     return {
@@ -155,19 +154,14 @@ def question_content(question: Question, results: Results, args: argparse.Namesp
         "sample": args.sample,
         "findings": findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         "own": own,
-        "table": run_table(question, results, args.sample),
+        "table": run_table(question, own, noise, args.sample),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
-        "noise": numbers.steady_noise(results.values(), "test"),
+        "noise": noise,
         "noise_once": numbers.steady_noise(results.values(), "test", by_epochs=False),
         "by_parts": [name_of(run) for run in by_parts],
     }
-
-
-def own_results(question: Question, results: Results) -> Results:
-    """Without those of other questions beside them."""
-    return {run: found for run, found in results.items() if found[0].question == question.name}
 
 
 HEAD = (
@@ -183,10 +177,8 @@ HEAD = (
 )
 
 
-def run_table(question: Question, results: Results, sample: bool) -> list[list[str]]:
+def run_table(question: Question, own: Results, noise: Noise | None, sample: bool) -> list[list[str]]:
     """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report."""
-    own = own_results(question, results)
-    noise = numbers.steady_noise(results.values(), "test")
     table = [list(HEAD)]
     for run in dict.fromkeys([*(run.name for run in question.runs), *own]):
         if run in own:

@@ -178,5 +178,6 @@ def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
 def test_a_page_names_stand_ins_and_batch_norm_by_parts(tmp_path):
     found = make("batchnorm", question="q2", batch_norm=True, weights="a.pth sha256:0123abcd")
     found.environments[0]["batch_norm"] = "over each process's part of the batch"
-    content = page.question_content(q2_batchnorm_earlystop.QUESTION, {"batchnorm": [found]}, options(tmp_path))
+    own = {"batchnorm": [found]}
+    content = page.question_content(q2_batchnorm_earlystop.QUESTION, own, own, options(tmp_path))
     assert content["by_parts"] == ["batch norm"] and content["stand_ins"] == ["a.pth sha256:0123abcd"]
