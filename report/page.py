@@ -237,10 +237,10 @@ def machines(own: Results) -> list[str]:
     longest = {(result.training(), result.seed, result.curves["train_loss"][0]): result for result in by_length}
     seconds: dict[str, list[np.ndarray]] = {}
     for result in longest.values():
-        ends = [here["from_epoch"] for here in result.environments[1:]] + [result.epochs + 1]
-        for here, end in zip(result.environments, ends):
+        moves = [here["from_epoch"] - 1 for here in result.environments[1:]]
+        for here, part in zip(result.environments, np.split(result.curves["seconds"], moves)):
             place = f"{here['device']} ({here['precision']}, torch {here['torch']})"
-            seconds.setdefault(place, []).append(result.curves["seconds"][here["from_epoch"] - 1 : end - 1])
+            seconds.setdefault(place, []).append(part)
     lines = []
     for place, trained in sorted(seconds.items()):
         medians = sorted(map(np.median, trained))
