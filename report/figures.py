@@ -75,8 +75,7 @@ def new_axes(heading: str, ylabel: str):
 
 def new_panels(heading: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
     """A figure with two panels; returns it and both axes."""
-    figure = Figure(figsize=(14, 4.8))
-    panels = figure.subplots(1, 2)
+    figure, panels = new_grid(1, 2, (7, 4.8))
     for axes, ylabel in zip(panels, ylabels):
         style_axes(axes, ylabel, xlabel)
     figure.suptitle(heading)
