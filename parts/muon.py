@@ -48,8 +48,8 @@ class MuonAndSGD(torch.optim.Optimizer):
         weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
         taken = set(map(id, weights))
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-        rates = {"lr": filter_learning_rate}, {"lr": learning_rate}
-        super().__init__([{"params": p} | rate for p, rate in zip((weights, others), rates)], {})
+        groups = [{"params": weights, "lr": filter_learning_rate}, {"params": others, "lr": learning_rate}]
+        super().__init__(groups, {})
         self.sgd = torch.optim.SGD(others, learning_rate, SGD_MOMENTUM, weight_decay=weight_decay, nesterov=True)
         self.momenta, self.dtype = [torch.zeros_like(as_matrix(weight)) for weight in weights], dtype
         for group in self.param_groups:
