@@ -132,8 +132,8 @@ def plain_loop(run: Run, network: Callable, data_dir: Path | None, device: torch
 def our_loop(run: Run, network: Callable, data_dir: Path | None, device: torch.device) -> Callable[[int], None]:
     """Returns train(steps): an epoch of so many."""
     machine.choose_device(str(device))  # for what it sets in this process
-    options = argparse.Namespace(sample=run.settings.data == "cifar10-sample", data_dir=data_dir)
-    images, model = common.load_data(options, device)["train"], build(run, device, network)
+    images = common.load_data(run.settings.data == "cifar10-sample", data_dir, device)["train"]
+    model = build(run, device, network)
     optimizer = common.make_optimizer(model, run.settings, device)
     scaler = common.make_scaler(run.settings, device)
 
@@ -274,7 +274,7 @@ def main() -> None:
     with machine.session(parser) as (args, device):
         data, precision = "cifar10-sample" if args.sample else "cifar10", machine.choose_precision("auto", device)
         settings, finetune = (replace(base, data=data, precision=precision) for base in (Settings(), VGG))
-        images = common.load_data(args, device)["train"].images[: settings.batch_size]  # downloads what is missing
+        train = common.load_data(args.sample, args.data_dir, device)["train"]  # downloads what is missing
         here = machine.environment(device, precision)
         print(
             f"{here['device']}, {here['threads']} threads; torch {here['torch']}; plain fp32, ours {precision}; "
@@ -289,7 +289,7 @@ def main() -> None:
         print_training(Run("VGG11_bn, fine-tuned", finetune), vgg, args, device)
         if device.type == "cpu":
             print_convolutions(precision)
-        print_augmentation(images)
+        print_augmentation(train.images[: settings.batch_size])
 
 
 if __name__ == "__main__":

@@ -204,9 +204,9 @@ def load_sample() -> dict[str, Split]:
     return splits
 
 
-def load_data(args: Namespace, device: torch.device) -> dict[str, Split]:
+def load_data(sample: bool, data_dir: Path | None, device: torch.device) -> dict[str, Split]:
     machine.keep_large_blocks()
-    data = load_sample() if args.sample else load_cifar10(find_data_dir(args.data_dir))
+    data = load_sample() if sample else load_cifar10(find_data_dir(data_dir))
     return {part: split.to(device) for part, split in data.items()}
 
 
@@ -768,7 +768,7 @@ def train_runs(
         return
     for folder in (args.output_dir, args.checkpoint_dir):
         machine.require_writable(folder)
-    data, shown = load_data(args, device), set()
+    data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
     paths = {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
     hide = True if rank() else None  # None: without a terminal
