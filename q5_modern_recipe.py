@@ -77,9 +77,8 @@ TUNING = [
 
 def hold_out(data: dict[str, Split]) -> dict[str, Split]:
     """All training images but the last 5,000 to train on, those to measure with; no test images."""
-    images, labels = (
-        torch.cat([getattr(data[part], name) for part in ("train", "validation")]) for name in ("images", "labels")
-    )
+    images = torch.cat([data["train"].images, data["validation"].images])
+    labels = torch.cat([data["train"].labels, data["validation"].labels])
     held_out = Split(images[-HELD_OUT:], labels[-HELD_OUT:])
     return {"train": Split(images[:-HELD_OUT], labels[:-HELD_OUT]), "validation": held_out, "test": held_out}
 
