@@ -39,10 +39,10 @@ def narrowest_gap(run: str, *others: str) -> Part:
     return Part(run, others, "narrowness", text=text)
 
 
-def overfits(run: str, by: float = 5.0) -> Part:
-    """The validation loss ends more than `by` percent above its lowest value."""
-    text = f"the validation loss of {{run}} ends above its lowest (judged as: by more than {by:g} %)"
-    return Part(run, (), "rise", (by, math.inf), text)
+def overfits(run: str) -> Part:
+    """The validation loss ends more than 5 percent above its lowest value."""
+    text = "the validation loss of {run} ends above its lowest (judged as: by more than 5 %)"
+    return Part(run, (), "rise", (5.0, math.inf), text)
 
 
 def by_eye(text: str) -> Part:

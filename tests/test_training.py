@@ -121,7 +121,7 @@ def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_muon_computes_in_bfloat16_where_the_run_does(narrow, precision):
+def test_muon_computes_in_bfloat16_where_the_run_does(precision):
     settings = dataclasses.replace(SETTINGS, precision=precision, **MODERN)
     optimizer = common.make_optimizer(common.build(Run("test", settings), CPU), settings, CPU)
     assert optimizer.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
