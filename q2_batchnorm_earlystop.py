@@ -13,9 +13,6 @@ training; question 1's is the first 20 epochs of one of them. What we found: res
 """
 
 from collections.abc import Sequence
-from itertools import chain
-
-import numpy as np
 
 import report.figures as fig
 from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
@@ -95,38 +92,35 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
     figure, panels = fig.new_panels(fig.title(first, heading), ylabels)
     for axes, curve in zip(panels, ("validation_loss", "validation_accuracy")):
         for row, (network, whole) in enumerate(full.items()):
-            rules, color = rules_of(whole, results), COLORS[network]
+            color, best = COLORS[network], whole.best_epoch
             fig.plot_curve(axes, [whole], curve, name_of(network), color=color)
-            for result in (whole, *rules):
-                style = {"fillstyle": "none", "markersize": 11} if result is whole else {}
-                axes.plot(result.best_epoch, result.curves[curve][result.best_epoch - 1], "o", color=color, **style)
-            mark_stops(axes, rules, color, row)
+            axes.plot(best, whole.curves[curve][best - 1], "o", color=color, fillstyle="none", markersize=11)
+            mark_stops(axes, whole, curve, patiences_of(whole, results), color, row)
         axes.legend()
     return figure
 
 
-def rules_of(whole: Result, results: Results) -> list[Result]:
-    """Readings of this very training with a patience; another machine's training of the same seed has another loss."""
-    rules = []
-    for result in chain.from_iterable(results.values()):
-        same = result.training() == whole.training() and result.seed == whole.seed
-        losses = (found.curves["train_loss"][: result.epochs] for found in (whole, result))
-        if same and result.settings["patience"] and np.array_equal(*losses):
-            rules.append(result)
-    return rules
+def patiences_of(whole: Result, results: Results) -> list[int]:
+    """Of the runs that read this network's training by a stopping rule."""
+    same = [found[0].settings for found in results.values() if found[0].training() == whole.training()]
+    return sorted({settings["patience"] for settings in same if settings["patience"]})
 
 
-def mark_stops(axes, rules: Sequence[Result], color: str, row: int) -> None:
-    """A dotted line where rules stop, with their patience above it; `row` keeps two networks' dots and numbers apart."""
-    stops: dict[int, set[int]] = {}
-    for result in rules:
-        accuracies, patience = result.curves["validation_accuracy"], result.settings["patience"]
-        if stopping_epoch(accuracies, len(accuracies) + 1, patience) is not None:  # and not the end of the epochs
-            stops.setdefault(result.epochs, set()).add(patience)
-    for stop, patiences in stops.items():
+def mark_stops(axes, whole: Result, curve: str, patiences: Sequence[int], color: str, row: int) -> None:
+    """Read from the whole training: a dot for the weights that a patience restores, a dotted line where it stops, with
+    the patience above it; `row` keeps two networks' dots and numbers apart.
+    """
+    accuracies, stops = whole.curves["validation_accuracy"], {}
+    for patience in patiences:
+        stop = stopping_epoch(accuracies, len(accuracies) + 1, patience)  # None: not within these epochs
+        restored = accuracies[:stop].argmax()
+        axes.plot(restored + 1, whole.curves[curve][restored], "o", color=color)
+        if stop is not None:
+            stops.setdefault(stop, []).append(str(patience))
+    for stop, names in stops.items():
         axes.axvline(stop, color=color, linestyle=(3 * row, (1.5, 4.5)))
-        text, place = ", ".join(map(str, sorted(patiences))), axes.get_xaxis_transform()
-        axes.text(stop, 1.01 + 0.04 * row, text, color=color, ha="center", fontsize=8, transform=place)
+        place = axes.get_xaxis_transform()
+        axes.text(stop, 1.01 + 0.04 * row, ", ".join(names), color=color, ha="center", fontsize=8, transform=place)
 
 
 TITLE = "Question 2: batch normalisation and early stopping"

@@ -66,18 +66,15 @@ def test_the_reports_curves_stand_beside_ours_but_not_beside_the_samples(data):
         assert ("SAMPLE" in axes.get_title()) == (data == "cifar10-sample")
 
 
-def test_the_stops_of_the_same_training_alone_are_marked():
+def test_stops_are_read_from_the_whole_training():
     curves = {"train_loss": [6, 5, 4, 3, 2, 1], "validation_loss": [1] * 6}
     curves["validation_accuracy"] = [50, 60, 59, 58, 57, 61]
-    short = {name: values[:4] for name, values in curves.items()}
     full = make("convnet_full", question="q2", curves=curves, epochs=50)
-    same = make("convnet_patience2", question="q2", curves=short, epochs=50, patience=2)
-    elsewhere = short | {"train_loss": [6, 5, 4, 3.1]}  # on another machine
-    other = make("convnet_patience3", question="q2", curves=elsewhere, epochs=50, patience=3)
-    results = {"convnet_full": [full], "convnet_patience2": [same], "convnet_patience3": [other]}
-    assert q2_batchnorm_earlystop.rules_of(full, results) == [same]
+    rules = [make(f"convnet_patience{n}", question="q2", epochs=50, patience=n) for n in (2, 5)]
+    results = {result.run: [result] for result in (full, *rules)}
     axes = q2_batchnorm_earlystop.figures(results)["early_stopping.png"].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["2"]
+    assert [(text.get_text(), text.get_position()[0]) for text in axes.texts] == [("2", 4)]  # 5 does not stop here
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [6, 2, 6]  # all, 2, 5
 
 
 def test_question_3_draws_what_there_is():
