@@ -134,7 +134,7 @@ def interval_in_words(part: dict) -> str:
     """A judged part's difference; empty where nothing was run."""
     if "difference" not in part:
         return ""
-    return f"{in_words(part['difference'], part['half'], 3 if part['unit'] == 'in loss' else 2)} {part['unit']}"
+    return f"{in_words(part['difference'], part['half'], numbers.DIGITS.get(part['on'], 2))} {part['unit']}"
 
 
 def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
