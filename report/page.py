@@ -306,6 +306,7 @@ def write_overview(root, args: argparse.Namespace) -> None:
         if claims:
             save_figure(figures.plot_claims(claims), root / "claims.png", args.figures)
         content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong")}
+        content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
         content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
         content |= augmentations(root) | habits(root)
     write_page(root / "README.md", "overview.md.jinja", content)
