@@ -19,7 +19,7 @@ import time
 import zipfile
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -797,9 +797,8 @@ def train_runs(
 def put_aside(path: Path) -> None:
     """--fresh: keep the checkpoint as .old. All of them at the start: then the same command without it goes on."""
     if rank() == 0 and path.exists():
-        with file_lock(path.with_suffix(".lock")):
-            if path.exists():  # another process may have done so while this one waited
-                os.replace(path, path.with_suffix(".old"))
+        with file_lock(path.with_suffix(".lock")), suppress(FileNotFoundError):  # another process may have done so
+            os.replace(path, path.with_suffix(".old"))
 
 
 def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:
