@@ -242,11 +242,10 @@ def verdict_of(row: ReportRow) -> tuple[str, str]:
 
 
 def plot_row(axes, place: int, row: ReportRow) -> None:
-    if row.interval:
-        label = "where one more seed of ours would fall (95 %)"
-        left = row.interval[0]
-        axes.barh(place, 2 * row.half, 0.55, left=left, color="tab:blue", alpha=0.22, linewidth=0, label=label)
     alike = values(row.results, "alike")
+    if row.half is not None:
+        label, left = "where one more seed of ours would fall (95 %)", alike.mean() - row.half
+        axes.barh(place, 2 * row.half, 0.55, left=left, color="tab:blue", alpha=0.22, linewidth=0, label=label)
     label = "ours, measured as the report does, a dot per seed"
     axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
     style = {"markeredgewidth": 2}

@@ -324,17 +324,16 @@ def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise:
     return Difference(value, noise.half(factor) if noise else None)
 
 
-def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> tuple[float, float] | None:
-    """Where one more seed of a run would fall: the 95 % prediction interval; of an unsteady run by its own seeds. None
-    where fewer than two degrees of freedom tell how far seeds lie apart.
+def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> float | None:
+    """How far from the mean one more seed of a run would fall: half of the 95 % prediction interval; of an unsteady run
+    by its own seeds. None where fewer than two degrees of freedom tell how far seeds lie apart.
     """
     own = values(results, what)
     if not results[0].is_steady:
         noise = pooled([own])
     if noise is None or noise.df < 2:
         return None
-    half = noise.half(1 + 1 / len(own))
-    return float(own.mean()) - half, float(own.mean()) + half
+    return noise.half(1 + 1 / len(own))
 
 
 @dataclass(frozen=True)
@@ -345,16 +344,12 @@ class ReportRow:
     run: str
     reported: float
     results: list[Result]
-    interval: tuple[float, float] | None  # where one more seed of ours would fall; None where nothing tells
-
-    @property
-    def half(self) -> float:
-        return (self.interval[1] - self.interval[0]) / 2
+    half: float | None  # how far from our mean one more seed would fall; None where nothing tells
 
     @property
     def inside(self) -> bool | None:
         """Could the report's number be one more seed of ours?"""
-        return None if self.interval is None else self.interval[0] <= self.reported <= self.interval[1]
+        return None if self.half is None else abs(self.reported - values(self.results, "alike").mean()) <= self.half
 
 
 def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:
@@ -374,8 +369,8 @@ def report_rows(root: Path) -> list[ReportRow]:
     noise = {network: noise_alike(found.values(), network) for network in networks}
     rows = []
     for (question, run), results in found.items():
-        interval = one_more(results, "alike", noise[results[0].settings["network"]]) if results else None
-        rows.append(ReportRow(question, run, reported(question, run)["test"], results, interval))
+        half = one_more(results, "alike", noise[results[0].settings["network"]]) if results else None
+        rows.append(ReportRow(question, run, reported(question, run)["test"], results, half))
     return rows
 
 

@@ -160,11 +160,12 @@ def test_readings_of_the_same_trainings_are_compared_seed_by_seed_and_unsteady_r
 
 
 def test_where_one_more_seed_falls():
-    low, high = one_more(seeds("a", [80, 82]), "alike", Noise(1, 6))
-    assert (low + high) / 2 == pytest.approx(81)
-    assert (high - low) / 2 == pytest.approx(t.ppf(0.975, 6) * math.sqrt(1 + 1 / 2))
+    half = one_more(seeds("a", [80, 82]), "alike", Noise(1, 6))
+    assert half == pytest.approx(t.ppf(0.975, 6) * math.sqrt(1 + 1 / 2))
+    rows = [numbers.ReportRow("q1", "a", told, seeds("a", [80, 82]), 2.0) for told in (78.9, 79.1, 82.9, 83.1)]
+    assert [row.inside for row in rows] == [False, True, True, False]
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
-    assert one_more(unsteady, "alike", Noise(0.1, 99))[1] > 80
+    assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
     assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None
 
 
