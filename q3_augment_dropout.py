@@ -26,7 +26,7 @@ from common import Run, Settings, generator, load_sample, make_parser, output_fo
 from parts.augment import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop, augment
 from parts.machine import UserError, require_writable, say, session
 from report.claims import Claim, about_equal, better, narrowest_gap
-from report.numbers import Results, figures_of, mean, name_of, reported, values
+from report.numbers import Result, Results, figures_of, mean, name_of, reported, values
 from report.page import Question, check_pages, finish_pages, update_pages
 
 CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.1)
@@ -110,19 +110,20 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     if any(run in results for run in AUGMENTATIONS):
         drawn["augmentations.png"] = plot_augmentations(results)
     if flips:
-        drawn["flip_sweep.png"] = plot_sweep(results, flips, "horizontal flip", "probability of a flip", "baseline")
+        baseline = results.get("baseline")
+        drawn["flip_sweep.png"] = plot_sweep(flips, "horizontal flip", "probability of a flip", baseline)
     if rates:
         drawn["dropout_validation.png"] = plot_dropout(results, rates)
-        drawn["dropout_bars.png"] = plot_bars(results, rates)
+        drawn["dropout_bars.png"] = plot_bars(rates)
         heading = "dropout before the pooling, and after it"
-        drawn["dropout_sweep.png"] = plot_sweep(results, rates, heading, "dropout rate", "baseline_20", after_pool)
+        drawn["dropout_sweep.png"] = plot_sweep(rates, heading, "dropout rate", results.get("baseline_20"), after_pool)
     return drawn
 
 
-def rates_of(results: Results, prefix: str) -> dict[float, str]:
-    """The runs named by this prefix and a rate, by rate."""
-    runs = [run for run in results if re.fullmatch(rf"{prefix}[\d.]+", run)]
-    return dict(sorted((float(run.removeprefix(prefix)), run) for run in runs))
+def rates_of(results: Results, prefix: str) -> dict[float, list[Result]]:
+    """The results of runs named by this prefix and a rate, by rate."""
+    found = {float(run.removeprefix(prefix)): results[run] for run in results if re.fullmatch(rf"{prefix}[\d.]+", run)}
+    return dict(sorted(found.items()))
 
 
 def plot_augmentations(results: Results) -> fig.Figure:
@@ -147,23 +148,23 @@ def plot_augmentations(results: Results) -> fig.Figure:
     return figure
 
 
-def plot_dropout(results: Results, rates: dict[float, str]) -> fig.Figure:
+def plot_dropout(results: Results, rates: dict[float, list[Result]]) -> fig.Figure:
     """Validation accuracy over epochs for all dropout rates: the report's Figures 27 to 29 in one."""
-    heading = fig.title(results[rates[min(rates)]][0], "dropout before the pooling")
+    heading = fig.title(rates[min(rates)][0], "dropout before the pooling")
     figure, axes = fig.new_axes(heading, "validation accuracy (%)")
-    runs = {0.0: "baseline_20"} | rates if "baseline_20" in results else rates
-    for (p, run), color in zip(runs.items(), fig.shades(len(runs))):
-        label = f"{p:g} (loss gap {mean(results[run], 'gap'):+.2f})"
-        fig.plot_curve(axes, results[run], "validation_accuracy", label, color=color)
+    runs = {0.0: results["baseline_20"]} | rates if "baseline_20" in results else rates
+    for (p, found), color in zip(runs.items(), fig.shades(len(runs))):
+        label = f"{p:g} (loss gap {mean(found, 'gap'):+.2f})"
+        fig.plot_curve(axes, found, "validation_accuracy", label, color=color)
     axes.legend(title="dropout", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 
-def plot_bars(results: Results, rates: dict[float, str]) -> fig.Figure:
+def plot_bars(rates: dict[float, list[Result]]) -> fig.Figure:
     """The report's Figure 30: best validation accuracy of every rate, as bars."""
-    first = results[rates[min(rates)]][0]
+    first = rates[min(rates)][0]
     figure, axes = fig.new_axes(fig.title(first, "the report's Figure 30"), "best validation accuracy (%)")
-    ours = {p: mean(results[run], "validation") for p, run in rates.items()}
+    ours = {p: mean(found, "validation") for p, found in rates.items()}
     axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
     for theirs in [] if first.is_sample else figures_of("dropout"):
         bars = {float(p): value for p, value in theirs["bars"].items()}
@@ -173,42 +174,42 @@ def plot_bars(results: Results, rates: dict[float, str]) -> fig.Figure:
     return figure
 
 
-def plot_sweep(results: Results, runs: dict, heading: str, xlabel: str, baseline: str, after_pool=None) -> fig.Figure:
+def plot_sweep(runs: dict[float, list[Result]], heading: str, xlabel: str, baseline, after_pool=None) -> fig.Figure:
     """Over a rate: test accuracy on all images, a dot per seed, beside the report's numbers and ours measured as those,
     the baseline and the runs that drop units after the pooling; and the gap between the losses.
-
-    runs, after_pool: by rate, the names of runs.
     """
-    first = results[runs[min(runs)]][0]
+    first = runs[min(runs)][0]
     ylabels = ("test accuracy (%)", "loss gap in the last epoch, augmented alike:\nvalidation − training")
     figure, panels = fig.new_panels(fig.title(first, heading), ylabels, xlabel)
     for axes, what, of in zip(panels, ("test", "gap"), (", best weights, all images: a dot per seed", "")):
-        plot_rates(axes, results, runs, what, color="tab:blue", label=f"ours{of}")
+        plot_rates(axes, runs, what, color="tab:blue", label=f"ours{of}")
         if after_pool:
-            plot_rates(axes, results, after_pool, what, color="tab:orange", label=f"ours, after the pooling{of}")
+            plot_rates(axes, after_pool, what, color="tab:orange", label=f"ours, after the pooling{of}")
         if what == "test" and not first.is_sample:
-            plot_as_the_report(axes, results, runs)
-        if baseline in results:
-            value, digits = mean(results[baseline], what), 1 if what == "test" else 2
-            axes.axhline(value, color="tab:green", linestyle=":", label=f"our {name_of(baseline)}: {value:.{digits}f}")
+            plot_as_the_report(axes, runs)
+        if baseline:
+            value, digits = mean(baseline, what), 1 if what == "test" else 2
+            label = f"our {name_of(baseline[0].run)}: {value:.{digits}f}"
+            axes.axhline(value, color="tab:green", linestyle=":", label=label)
         axes.xaxis.get_major_locator().set_params(integer=False)
         axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return figure
 
 
-def plot_rates(axes, results: Results, runs: dict[float, str], what: str, **style) -> None:
+def plot_rates(axes, runs: dict[float, list[Result]], what: str, **style) -> None:
     """A measure over a rate: the means as a line, and a dot per seed."""
-    axes.plot(list(runs), [mean(results[run], what) for run in runs.values()], "-", **style)
-    for x, run in runs.items():
-        seeds = values(results[run], what)
+    axes.plot(list(runs), [mean(found, what) for found in runs.values()], "-", **style)
+    for x, found in runs.items():
+        seeds = values(found, what)
         axes.plot([x] * len(seeds), seeds, "o", color=style["color"], markersize=4)
 
 
-def plot_as_the_report(axes, results: Results, runs: dict[float, str]) -> None:
+def plot_as_the_report(axes, runs: dict[float, list[Result]]) -> None:
     """The test accuracies that it prints, and ours measured as those."""
-    theirs = {x: reported("q3", run)["test"] for x, run in runs.items() if "test" in reported("q3", run)}
-    ours = {x: mean(results[runs[x]], "alike") for x in theirs}
+    printed = {x: reported("q3", found[0].run) for x, found in runs.items()}
+    theirs = {x: numbers["test"] for x, numbers in printed.items() if "test" in numbers}
+    ours = {x: mean(runs[x], "alike") for x in theirs}
     for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
         axes.plot(list(points), list(points.values()), "x", color=color, label=f"{name}, last weights, 1,000 images")
 
