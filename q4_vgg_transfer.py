@@ -33,7 +33,7 @@ from parts.augment import HorizontalFlip
 from parts.layers import convert
 from parts.machine import UserError, expand, first_line, rank, session
 from report.claims import Claim, better
-from report.numbers import Results, figures_of, name_of, read_arrays
+from report.numbers import Result, Results, figures_of, name_of, read_arrays
 from report.page import Question, check_pages, finish_pages, update_pages
 
 IMAGENET = VGG11_BN_Weights.IMAGENET1K_V1
@@ -239,28 +239,27 @@ def figures(results: Results) -> dict[str, fig.Figure]:
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
         fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
     axes.legend(fontsize=8)
-    trained = [run for run, found in own.items() if found[0].settings["backbone"] == "trained"]
-    return {"transfer.png": figure} | ({"steps.png": plot_steps(results, trained)} if trained else {})
+    trained = [found[0] for found in own.values() if found[0].settings["backbone"] == "trained"]
+    return {"transfer.png": figure} | ({"steps.png": plot_steps(trained)} if trained else {})
 
 
-def plot_steps(results: Results, runs: Sequence[str]) -> fig.Figure:
+def plot_steps(trained: Sequence[Result]) -> fig.Figure:
     """The report's Figures 32a and 33a: training loss of every step; the report's epoch means in the middle of epochs."""
-    figure, panels = fig.new_grid(1, len(runs), (7, 4.5), sharey=True)
-    for axes, run in zip(panels, runs):
-        first = results[run][0]
-        losses = read_arrays(first)["step_losses"]  # [epochs, steps]
+    figure, panels = fig.new_grid(1, len(trained), (7, 4.5), sharey=True)
+    for axes, result in zip(panels, trained):
+        losses = read_arrays(result)["step_losses"]  # [epochs, steps]
         fig.style_axes(axes, "training loss (cross entropy)", "step")
         axes.plot(range(1, losses.size + 1), losses.ravel(), color="lightsteelblue", linewidth=0.4, label="every step")
         middle = (np.arange(len(losses)) + 0.5) * losses.shape[1]
         axes.plot(middle, losses.mean(1), color="tab:orange", label="mean of every epoch")
-        for theirs in [] if first.is_sample else figures_of(run):
+        for theirs in [] if result.is_sample else figures_of(result.run):
             if means := theirs.get("train_loss"):
                 label = f"report, Figure {theirs['figure']}, mean of every epoch"
                 middle = (np.arange(len(means)) + 0.5) * losses.shape[1]
                 axes.plot(middle, means, color=fig.GREYS[0], linewidth=1, linestyle="--", label=label)
-        axes.set(title=f"{name_of(run)}, seed {first.seed}", ylim=(0, None))
+        axes.set(title=f"{name_of(result.run)}, seed {result.seed}", ylim=(0, None))
         axes.legend()
-    figure.suptitle(fig.title(results[runs[0]][0], "training loss of every step"))
+    figure.suptitle(fig.title(trained[0], "training loss of every step"))
     return figure
 
 
