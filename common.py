@@ -18,11 +18,12 @@ import statistics
 import time
 import zipfile
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class Settings:
     dropout: float = 0.0
     dropout_after_pool: bool = False  # the report's code drops units before the pooling
     weights: str = "none"  # what the network starts from: "none" is a random initialisation
-    backbone: str = "trained"  # or "frozen" (evaluation mode), or "frozen, training mode": batch norm as in training
+    backbone: Literal["trained", "frozen", "frozen, training mode"] = "trained"  # frozen: in evaluation mode
     augment: tuple = ()  # batch-wise augmentations, applied in this order
     data: str = "cifar10"  # or "cifar10-sample", the excerpt in sample/, or "cifar10-tuning": see question 5
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -74,9 +75,9 @@ class Settings:
     learning_rate: float = 2e-3
     lr_decay: float = 0.95  # the learning rate is multiplied by this after every epoch
     weight_decay: float = 1e-3  # L2, as torch.optim.Adam adds it to the gradient
-    optimizer: str = "adam"  # or "muon": Muon for the convolutions, and SGD at learning_rate for the rest
+    optimizer: Literal["adam", "muon"] = "adam"  # Muon for the convolutions, and SGD at learning_rate for the rest
     filter_learning_rate: float | None = None  # Muon's
-    schedule: str = "exponential"  # of the learning rates, by lr_decay; or "linear": to zero over all steps
+    schedule: Literal["exponential", "linear"] = "exponential"  # of the rates: by lr_decay; to zero over all steps
     label_smoothing: float = 0.0  # of the loss that is trained on; what is recorded is the plain cross entropy
     precision: str = "auto"  # becomes fp32, bf16 or fp16: see `choose_precision`
     seed: int = 0
@@ -84,8 +85,12 @@ class Settings:
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
     def __post_init__(self) -> None:
-        if any(" at 0x" in repr(a) for a in self.augment):
+        if not all(map(is_dataclass, self.augment)):
             raise ValueError(f"{self.augment}: make it a frozen dataclass; its repr names the checkpoint")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                raise ValueError(f"{field.name} {value!r}: there are {', '.join(get_args(field.type))}")
 
     def as_dict(self) -> dict:
         """The settings as JSON can hold them; an augmentation is its repr."""
@@ -106,7 +111,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A row of a question's table, with one seed. Its name is that of its folder in results/."""
+    """A row of a question's table, with one seed; seed and precision are the command line's. Its name is that of its
+    folder in results/.
+    """
 
     name: str
     settings: Settings = Settings()
@@ -696,7 +703,7 @@ def make_parser(doc: str | None) -> machine.Parser:
     parser = machine.Parser(doc)
     add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--list", action="store_true", help="show every run and its state, and exit")
-    add("--only", nargs="+", metavar="RUN", help="only these runs, named as in --list")
+    add("--only", nargs="+", action="extend", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
     add("--epochs", type=positive, metavar="N", help="such runs are named by it; the overview leaves them out")
@@ -746,6 +753,8 @@ def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> l
     """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
     precision = machine.choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
+    if len(asked) < len(set(runs)):
+        raise UserError("two of the script's runs have one name: rename one")
     by_name = asked | {run.name: run for run in asked.values()}
     for name in [name for name in args.only or () if name not in by_name]:
         raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
@@ -771,11 +780,11 @@ def train_runs(
     data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
     paths = {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
+    if args.fresh:
+        put_aside(paths)
     hide = True if rank() else None  # None: without a terminal
     for path, run in tqdm(paths.items(), "reading checkpoints", leave=False, delay=2, disable=hide):
-        if args.fresh:
-            put_aside(path)
-        elif path.exists():
+        if path.exists() and not args.fresh:
             model = build(run, device, network)
             load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
     for run in runs:
@@ -794,9 +803,15 @@ def train_runs(
             yield run
 
 
-def put_aside(path: Path) -> None:
-    """--fresh: keep the checkpoint as .old. All of them at the start: then the same command without it goes on."""
-    if rank() == 0 and path.exists():
+def put_aside(paths: Iterable[Path]) -> None:
+    """--fresh: keep the checkpoints as .old. All of them at the start: then the same command without it goes on. Raises
+    UserError where one was kept before.
+    """
+    there = [path for path in paths if path.exists() and rank() == 0]
+    for kept in [path.with_suffix(".old") for path in there]:
+        if kept.exists():
+            raise UserError(f"{kept}, kept by an earlier --fresh, would be lost: delete it or move it away")
+    for path in there:
         with file_lock(path.with_suffix(".lock")), suppress(FileNotFoundError):  # another process may have done so
             os.replace(path, path.with_suffix(".old"))
 

@@ -130,7 +130,7 @@ QUESTION = Question("q2", TITLE, RUNS, CLAIMS, figures, baselines=("convnet", "c
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     more = "also stop each network after N epochs below the best validation accuracy; read from checkpoints"
-    parser.add_argument("--patience", type=positive, nargs="+", default=[], metavar="N", help=more)
+    parser.add_argument("--patience", type=positive, nargs="+", action="extend", default=[], metavar="N", help=more)
     with session(parser, argv) as (args, device):
         asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
         runs = [*RUNS, *(run for run in asked if run not in RUNS)]

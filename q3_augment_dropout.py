@@ -219,7 +219,7 @@ def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:
     figure, grid = fig.new_grid(len(images), 9, (1.22, 1.3))
     rng, original = generator(0, 1, "augment"), images.float() / 255
     for column, axes in enumerate(grid.reshape(len(images), 9).T):
-        drawn = augment(original, augmentations, rng, len(images)) if column else original
+        drawn = augment(original.clone(), augmentations, rng, len(images)) if column else original
         for ax, image in zip(axes, drawn.clamp(0, 1)):
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.axis("off")
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--preview", action="store_true", help="draw what each augmentation does, train nothing")
     more = "further dropout rates to run"
-    parser.add_argument("--dropout", type=rate, nargs="+", default=[], metavar="P", help=more)
+    parser.add_argument("--dropout", type=rate, nargs="+", action="extend", default=[], metavar="P", help=more)
     with session(parser, argv) as (args, device):
         runs = [*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)]
         if args.preview:

@@ -266,7 +266,7 @@ def say(text: str, error: bool = False) -> None:
 
 def tell(message: str) -> None:
     """A line on standard error, from one process."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         say(message, error=True)
 
 

@@ -122,6 +122,8 @@ def read_run(folder: Path, sample: bool = False) -> list[Result]:
             where, data = "the sample's" if sample else "CIFAR-10's", result.settings["data"]
             raise UserError(f"{result.path} has data {data!r}, and stands among {where} results: move it away")
         require_same_settings(result, found[0].settings, found[0].path)
+        if result.parameters != found[0].parameters:
+            raise UserError(f"{result.path} is of another network than {found[0].path}: move one of them away")
     return found
 
 
@@ -163,14 +165,16 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
     `step_losses` [epochs, steps]. Raises UserError where it is missing, damaged, or of another training.
     """
     path = result.path.with_suffix(".npz")
+    advice = f"restore it, or delete it and {result.path.name} and run again"
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in ("before", "last", "step_losses")}
     except Exception as error:  # a damaged file fails anywhere in zipfile, zlib or numpy
-        raise UserError(f"{path} is missing or damaged ({error}): restore it, or run again") from error
-    means = arrays["step_losses"].mean(1)  # of the epochs; a last batch may be smaller
-    if means.shape != result.curves["train_loss"].shape or not np.allclose(means, result.curves["train_loss"], 1e-2):
-        raise UserError(f"{path} is of another training than {result.path.name} beside it: restore it, or run again")
+        raise UserError(f"{path} is missing or damaged ({error}): {advice}") from error
+    losses, steps = result.curves["train_loss"], arrays["step_losses"].shape[1]
+    means = [arrays["step_losses"][:, :n].mean(1) for n in (steps, max(1, steps - 1))]  # a last batch may be smaller
+    if len(means[0]) != len(losses) or np.any(np.abs(losses - np.clip(losses, *np.sort(means, 0))) > 1e-3 * losses):
+        raise UserError(f"{path} is of another training than {result.path.name} beside it: {advice}")
     return arrays
 
 

@@ -37,7 +37,7 @@ class Question:
 
     @property
     def script(self) -> str:
-        return next(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
+        return min(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
 
 
 def check_pages(question: Question, args: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ def question_content(question: Question, own: Results, results: Results, args: a
     return {
         "question": question,
         "sample": args.sample,
-        "findings": findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
+        "findings": findings.read_text(encoding="utf-8", errors="replace").strip() if findings.exists() else "",
         "own": own,
         "table": run_table(question, own, noise, args.sample),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +73,9 @@ def test_results_of_other_settings_than_the_other_seeds_or_the_script_are_named(
     edit(path, lambda result: result["settings"].update(epochs=21))
     with pytest.raises(UserError, match=f"{path} has epochs 21, but .*seed0.json has"):
         read_run(q1 / "convnet")
+    edit(path, lambda result: (result["settings"].update(epochs=20), result["parameters"].update(trainable=1)))
+    with pytest.raises(UserError, match=f"{path} is of another network than .*seed0.json"):
+        read_run(q1 / "convnet")
 
 
 def test_the_samples_results_do_not_pass_for_real_ones(q1):
@@ -94,6 +99,12 @@ def test_arrays_of_another_training_are_refused(q1):
     shutil.copy(q1 / "convnet/seed1.npz", q1 / "convnet/seed0.npz")
     with pytest.raises(UserError, match="seed0.npz is of another training than seed0.json"):
         numbers.read_arrays(result)
+    losses = np.array([[1.0, 1.0, 1.0, 0.5]])  # of three batches, and of a last one that is smaller
+    for train_loss, belongs in ((0.99, True), (0.88, True), (0.8, False), (1.1, False)):
+        np.savez(q1 / "convnet/seed0.npz", before=losses, last=losses, step_losses=losses)
+        other = replace(result, curves={"train_loss": np.array([train_loss])})
+        with nullcontext() if belongs else pytest.raises(UserError, match="another training"):
+            numbers.read_arrays(other)
     (q1 / "convnet/seed0.npz").write_bytes(b"cut")
     with pytest.raises(UserError, match="seed0.npz is missing or damaged"):
         numbers.read_arrays(result)

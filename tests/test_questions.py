@@ -23,8 +23,8 @@ QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_tran
     [
         (q1_convnet, ["--epochs=50", "--seed=7"], ["convnet_50epochs 7"]),
         (q1_convnet, ["--epochs=20", "--seeds=2"], ["convnet 0", "convnet 1"]),
-        (q2_batchnorm_earlystop, ["--patience", "3", "--only", "convnet_patience3"], ["convnet_patience3 0"]),
-        (q3_augment_dropout, ["--dropout", "0.05", "--only", "dropout_0.05", "crop"], ["dropout_0.05 0", "crop 0"]),
+        (q2_batchnorm_earlystop, ["--patience=3", "--patience=9", "--only=convnet_patience3"], ["convnet_patience3 0"]),
+        (q3_augment_dropout, ["--dropout=0.05", "--only=dropout_0.05", "--only=crop"], ["dropout_0.05 0", "crop 0"]),
         (q4_vgg_transfer, ["--weights=none"], ["scratch 0"]),
         (q5_modern_recipe, ["--tune", "--only", "heavy"], ["heavy 0"]),
     ],
@@ -54,6 +54,13 @@ def test_bad_options_are_one_line(question, options, message, capsys):
         question.main(options)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(q1_convnet, "RUNS", [*q1_convnet.RUNS, common.Run("convnet", common.Settings(dropout=0.5))])
+    with pytest.raises(SystemExit):
+        q1_convnet.main(["--list", *folders(tmp_path)])
+    assert "two of the script's runs have one name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--output-dir", "--checkpoint-dir"])

@@ -285,11 +285,17 @@ def test_the_key_is_what_shapes_the_weights():
     assert Settings(epochs=50, patience=5).key() == Settings().key()
     linear = Settings(schedule="linear")  # it ends with the last epoch
     assert dataclasses.replace(linear, patience=5).key() == linear.key() != dataclasses.replace(linear, epochs=50).key()
+    others = {"augment": (HorizontalFlip(),), "mean": (0.0,), "std": (1.0,)}
+    others |= {"backbone": "frozen", "optimizer": "muon", "schedule": "linear"}
     for name in {field.name for field in dataclasses.fields(Settings)} - {"epochs", "patience"}:
-        other = {"augment": ("x",), "mean": (0.0,), "std": (1.0,)}.get(name, 7)
-        assert Settings(**{name: other}).key() != Settings().key()
+        assert Settings(**{name: others.get(name, 7)}).key() != Settings().key()
+
+
+def test_settings_that_no_code_understands_are_refused():
     with pytest.raises(ValueError, match="make it a frozen dataclass"):  # else every start had another key
         Settings(augment=(object(),))
+    with pytest.raises(ValueError, match="optimizer 'sgd': there are adam, muon"):  # else it would train with Adam
+        Settings(optimizer="sgd")
 
 
 def test_the_keys_of_trained_networks_never_change():
@@ -397,6 +403,9 @@ def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(qu
     assert any(f"waiting until another process lets go of {path.with_suffix('.lock')}" in line for line in told)
     assert path.with_suffix(".old").read_bytes() == before
     assert len(checkpoint(tmp_path)["history"]) == 1
+    with pytest.raises(SystemExit):  # a second one would lose it
+        q1_convnet.main([*options, "--fresh"])
+    assert path.exists() and path.with_suffix(".old").read_bytes() == before
 
 
 def test_an_interrupted_fresh_sweep_takes_no_old_checkpoint_for_done(quick, tmp_path, monkeypatch):
