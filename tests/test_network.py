@@ -34,7 +34,7 @@ def test_layers_stand_in_the_order_of_figure_10(narrow):
     assert ConvNet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_linear_layers_start_as_the_exercise_says():
+def test_the_classifier_starts_as_the_exercise_says():
     torch.manual_seed(0)
     classifier = ConvNet().classifier
     assert classifier.bias.count_nonzero() == 0
