@@ -826,6 +826,8 @@ def run_state(path: Path, settings: Settings, has_result: bool) -> str:
         history, other = state["history"], other_settings(state, settings)
     except FileNotFoundError:
         history, other = [], []
+    except OSError as error:
+        return f"a checkpoint that cannot be read ({error.strerror})"
     except Exception:  # noqa: BLE001 - a damaged file fails anywhere in zipfile, pickle or torch
         return "damaged checkpoint"
     if other:

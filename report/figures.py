@@ -198,7 +198,6 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
 
 
 SCALE = (0, 60, 100), (0, 0.27, 1)  # percent, and how far to the right of the overview they are
-WIDE = 10  # points to either side: such a bar says little
 
 
 def plot_overview(rows: Sequence[ReportRow]) -> Figure:
@@ -236,7 +235,7 @@ def verdict_of(row: ReportRow) -> tuple[str, str]:
     """In words, and its colour."""
     if row.inside is None:
         return "too few seeds" if row.results else "not trained", "0.5"
-    if row.half > WIDE:
+    if row.is_wide:
         return f"{'inside' if row.inside else 'outside'}, but wide", "0.5"
     return ("inside", "tab:green") if row.inside else ("outside", "tab:red")
 

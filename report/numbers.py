@@ -21,6 +21,7 @@ from common import Run, Settings, on_sample
 from parts.machine import UserError, tell
 
 HERE = Path(__file__).resolve().parent
+WIDE = 10  # points to either side: an interval so wide says little
 UNSTEADY_DROPOUT = 0.4  # from this rate on seeds lie further apart than elsewhere: before the pooling by many points
 
 
@@ -349,6 +350,11 @@ class ReportRow:
     reported: float
     results: list[Result]
     half: float | None  # how far from our mean one more seed would fall; None where nothing tells
+
+    @property
+    def is_wide(self) -> bool:
+        """Is the interval so wide that it says little?"""
+        return self.half is not None and self.half > WIDE
 
     @property
     def inside(self) -> bool | None:

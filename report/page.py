@@ -284,13 +284,11 @@ def read_claims(root) -> list[dict]:
     for path in sorted(root.glob("q[0-9]/claims.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["claims"]
-            [
-                (c["number"], c["text"], c["note"], MARKS[part["mark"]], part["text"])
-                for c in found
-                for part in c["parts"]
-            ]
+            for claim in found:
+                parts = [(MARKS[part["mark"]], part["text"], interval_in_words(part)) for part in claim["parts"]]
+                _ = claim["number"], claim["text"], claim["note"], parts[0]
             claims += found
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged, or of an older version: delete it, and run that question with --replot"
             ) from error
