@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -107,14 +107,16 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from error
 
 
-def read_run(folder: Path, sample: bool = False) -> list[Result]:
-    """A run's results, one per seed; none where the folder is a copy of another run's.
+def read_run(folder: Path, sample: bool = False, replaced: Collection[Path] = ()) -> list[Result]:
+    """A run's results, one per seed, but for those that are about to be replaced; none where the folder is a copy of
+    another run's.
 
     Raises UserError where one is damaged, where they disagree in a setting, or where not all are of the sample (`sample`)
     or of CIFAR-10 (else).
     """
     paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
-    found = sorted(map(read_result, paths), key=lambda result: result.seed)
+    found = [result for result in map(read_result, paths) if result.path not in replaced]
+    found.sort(key=lambda result: result.seed)
     for result in found:
         if (result.question, result.run) != (folder.parent.name, folder.name):
             tell(f"{folder} holds results of {result.question}'s {result.run}, a copy: not counted")
@@ -138,21 +140,28 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
             )
 
 
-def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Iterable[str] = ()) -> Results:
-    """The results of a question's declared runs, in order, then of runs whose names its options made.
-
-    replaced: results that are about to be, "crop/seed0.json". Raises UserError where results cannot be read, or where their
-    settings are not those of their run.
+def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Collection[Path] = ()) -> Results:
+    """The results of a question's declared runs, in order, then of runs whose names its options made; but for those that
+    are about to be replaced. Raises UserError where results cannot be read, or where their settings are not those of
+    their run.
     """
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
     results = {}
     for name in [*settings, *sorted({path.name for path in folder.glob("*/")} - settings.keys())]:
-        if found := read_run(folder / name, sample):
+        if found := read_run(folder / name, sample, replaced):
             results[name] = found
         for result in found if name in settings else ():
-            if f"{name}/{result.path.name}" not in replaced:
-                require_same_settings(result, settings[name].as_dict(), f"the run {name} in {folder.name}'s script")
+            require_same_settings(result, settings[name].as_dict(), f"the run {name} in {folder.name}'s script")
     return results
+
+
+def read_questions(root: Path, replaced: Collection[Path] = ()) -> dict[str, Results]:
+    """Of all the report's questions, but for runs that --epochs or --precision named."""
+    questions = {}
+    for name in the_report()["numbers"]:
+        results = read_question(root / name, [], sample=False, replaced=replaced)
+        questions[name] = {run: found for run, found in results.items() if len(split_name(run)) == 1}
+    return questions
 
 
 def read_beside(root: Path, paths: Sequence[str], sample: bool) -> Results:
@@ -368,13 +377,13 @@ def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:
     return steady_noise(of_it, "alike", by_epochs=False)
 
 
-def report_rows(root: Path) -> list[ReportRow]:
+def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
     """In the report's order, every training once: question 2 prints question 1's again."""
     found = {}
     for question, runs in the_report()["numbers"].items():
         for run, printed in runs.items():
             if "test" in printed and (question, run) != ("q2", "convnet"):
-                found[question, run] = read_run(root / question / run)
+                found[question, run] = questions[question].get(run, [])
     networks = {results[0].settings["network"] for results in found.values() if results}
     noise = {network: noise_alike(found.values(), network) for network in networks}
     rows = []

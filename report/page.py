@@ -53,14 +53,12 @@ def check_pages(question: Question, args: argparse.Namespace) -> None:
         require_ours(path)
     names = args.only or [run.name for run in question.runs]
     named_by_options = args.replot or args.epochs or args.precision != "auto"
-    replaced = set() if named_by_options else {f"{name}/seed{seed}.json" for name in names for seed in seeds_of(args)}
+    replaced = [folder / name / f"seed{seed}.json" for name in names for seed in seeds_of(args)]
+    replaced = [] if named_by_options else replaced
     for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
-        if f"{result.run}/{result.path.name}" not in replaced:
-            numbers.read_arrays(result)
+        numbers.read_arrays(result)
     numbers.read_beside(root, question.beside, args.sample)
-    if not args.sample:
-        numbers.report_rows(root)
-        read_claims(root)
+    overview_content(root, args.sample, replaced)
     for path in (root, folder):
         require_writable(path)
 
@@ -295,30 +293,31 @@ def read_claims(root) -> list[dict]:
     return claims
 
 
+def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
+    """What overview.md.jinja shows: all questions, of the sample a list of its pages. Raises UserError."""
+    content = {"sample": sample, "pages": [path.parent.name for path in sorted(root.glob("q[0-9]/README.md"))]}
+    if sample:
+        return content
+    questions, claims = numbers.read_questions(root, replaced), read_claims(root)
+    rows = numbers.report_rows(questions)
+    content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong", replaced=replaced)}
+    content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
+    content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
+    return content | augmentations(questions["q3"]) | habits(questions)
+
+
 def write_overview(root, args: argparse.Namespace) -> None:
-    """README.md of all questions, and its pictures; of the sample a list of its pages."""
-    content = {"sample": args.sample, "pages": [path.parent.name for path in sorted(root.glob("q[0-9]/README.md"))]}
+    """README.md of all questions, and its pictures."""
+    content = overview_content(root, args.sample)
     if not args.sample:
-        rows, claims = numbers.report_rows(root), read_claims(root)
-        save_figure(figures.plot_overview(rows), root / "overview.png", args.figures)
-        if claims:
-            save_figure(figures.plot_claims(claims), root / "claims.png", args.figures)
-        content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong")}
-        content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
-        content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
-        content |= augmentations(root) | habits(root)
+        save_figure(figures.plot_overview(content["rows"]), root / "overview.png", args.figures)
+    if content.get("claims"):
+        save_figure(figures.plot_claims(content["claims"]), root / "claims.png", args.figures)
     write_page(root / "README.md", "overview.md.jinja", content)
 
 
-def without_options(folder) -> Results:
-    """A question's results, but for runs that --epochs or --precision named."""
-    results = numbers.read_question(folder, [], sample=False)
-    return {run: found for run, found in results.items() if len(numbers.split_name(run)) == 1}
-
-
-def augmentations(root) -> dict:
+def augmentations(q3: Results) -> dict:
     """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
-    q3 = without_options(root / "q3")
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
     added = {run: mean(found, "alike_validation") - mean(found, "validation") for run, found in augmented.items()}
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
@@ -333,13 +332,13 @@ def augmentations(root) -> dict:
     }
 
 
-def habits(root) -> dict:
+def habits(questions: dict[str, Results]) -> dict:
     """What tells what the report's ways of measuring are worth: the readings of its questions' trainings, those that
     several questions share once, and those that stopped early apart.
     """
     readings, stopped = {}, []
-    for question in numbers.the_report()["numbers"]:
-        for result in chain(*without_options(root / question).values()):
+    for results in questions.values():
+        for result in chain(*results.values()):
             if result.settings["patience"]:
                 stopped.append(result)
             else:

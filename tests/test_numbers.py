@@ -65,8 +65,8 @@ def test_results_of_other_settings_than_the_other_seeds_or_the_script_are_named(
     declared = [Run("convnet", Settings(learning_rate=0.1))]
     with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
         read_question(q1, declared, sample=False)
-    replaced = [f"convnet/seed{seed}.json" for seed in range(3)]  # now: the old ones may differ
-    assert len(read_question(q1, declared, sample=False, replaced=replaced)["convnet"]) == 3
+    replaced = [q1 / f"convnet/seed{seed}.json" for seed in range(3)]  # now: the old ones may differ
+    assert read_question(q1, declared, sample=False, replaced=replaced) == {}
     path = q1 / "convnet/seed1.json"
     edit(path, lambda result: result["settings"].update(precision="fp32"))
     assert len(read_run(q1 / "convnet")) == 3  # another precision may be
@@ -111,7 +111,7 @@ def test_arrays_of_another_training_are_refused(q1):
 
 
 def test_the_reports_rows_stand_in_order_and_once():
-    names = [(row.question, row.run) for row in numbers.report_rows(COMMITTED)]
+    names = [(row.question, row.run) for row in numbers.report_rows(numbers.read_questions(COMMITTED))]
     assert names[0] == ("q1", "convnet") and ("q2", "convnet") not in names and len(set(names)) == len(names) == 27
 
 
@@ -175,6 +175,7 @@ def test_where_one_more_seed_falls():
     assert half == pytest.approx(t.ppf(0.975, 6) * math.sqrt(1 + 1 / 2))
     rows = [numbers.ReportRow("q1", "a", told, seeds("a", [80, 82]), 2.0) for told in (78.9, 79.1, 82.9, 83.1)]
     assert [row.inside for row in rows] == [False, True, True, False]
+    assert [replace(rows[0], half=half).is_wide for half in (None, 9.0, 11.0)] == [False, False, True]
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
     assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
     assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None

@@ -16,7 +16,7 @@ import q4_vgg_transfer
 import q5_modern_recipe
 from common import ROOT, Run, Settings, make_parser
 from parts.machine import UserError
-from report import figures, page
+from report import figures, numbers, page
 from results import make, seeds
 
 COMMITTED = ROOT / "results"
@@ -104,7 +104,7 @@ def test_the_overview_leaves_out_what_options_named(tmp_path):
         shutil.copytree(COMMITTED / "q3/crop", tmp_path / "q3" / run)
         for path in (tmp_path / "q3" / run).glob("*.json"):
             path.write_text(path.read_text().replace('"run": "crop"', f'"run": "{run}"'))
-    assert [run for run, _ in page.augmentations(tmp_path)["augmented"]] == ["crop"]
+    assert [run for run, _ in page.augmentations(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
 
 
 def test_every_link_leads_somewhere_and_the_readmes_stay_within_their_length():
@@ -149,11 +149,15 @@ def test_somebody_elses_file_is_found_before_the_training(q1):
 def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1, monkeypatch, capsys):
     root, args = q1
     monkeypatch.setattr(figures, "RUN_FIGURES", {})
-    shutil.copytree(COMMITTED / "q3/crop", root / "q3/crop")
-    path = root / "q3/crop/seed0.json"
-    path.write_text(path.read_text()[:2000])
-    with pytest.raises(UserError, match=f"{path} is damaged"):
-        page.check_pages(q1_convnet.QUESTION, args)
+    for run in ("q5/strong", "q3/crop"):
+        shutil.copytree(COMMITTED / run, root / run)
+        path = root / run / "seed0.json"
+        whole = path.read_text()
+        path.write_text(whole[:2000])
+        with pytest.raises(UserError, match=f"{path} is damaged"):
+            page.check_pages(q1_convnet.QUESTION, args)
+        if run == "q5/strong":
+            path.write_text(whole)
     page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
     line = f"convnet is trained and its result written, but not all pictures and pages: {path}"
     assert line in capsys.readouterr().err
@@ -169,6 +173,11 @@ def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
     root, _ = q1
     edited = replace(q1_convnet.QUESTION, runs=[Run("convnet", Settings(learning_rate=0.1))])
     page.check_pages(edited, options(root, "--seeds=3"))  # all of them are about to be replaced
+    path = root / "q1/convnet/seed0.json"
+    old = path.read_text()
+    path.write_text(old.replace('"learning_rate": 0.002', '"learning_rate": 0.1'))
+    page.check_pages(edited, options(root, "--seeds=3"))  # and one was, when the sweep was interrupted
+    path.write_text(old)
     for more in (["--seeds=1"], ["--seeds=3", "--only", "other"], ["--seeds=3", "--epochs=3"]):
         with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
             page.check_pages(edited, options(root, *more))
