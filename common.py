@@ -2,7 +2,7 @@
 
     settings -> data -> network -> training -> checkpoints -> results -> command line
 
-A script enters at the bottom: `train_runs`.
+A script enters at the bottom: `select_runs`, then `train_runs`.
 
 The protocol (splits, optimiser, initialisation) is that of the report's published code and of the course exercise it
 answers, Max Planck HLCV exercise 3.
@@ -717,10 +717,6 @@ def output_folder(args: Namespace) -> Path:
     return args.output_dir / "sample" if args.sample else args.output_dir
 
 
-def seeds_of(args: Namespace) -> list[int]:
-    return list(range(args.seeds)) if args.seed is None else [args.seed]
-
-
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate."""
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
@@ -752,18 +748,19 @@ def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> l
     for name in [name for name in args.only or () if name not in by_name]:
         raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
     chosen = dict.fromkeys(by_name[name] for name in args.only or asked)
-    return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds_of(args)]
+    seeds = range(args.seeds) if args.seed is None else [args.seed]
+    return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds]
 
 
 def train_runs(
     question: str, runs: Sequence[Run], args: Namespace, device: torch.device, network=convnet, prepare=None, split=None
 ) -> Iterator[Run]:
-    """Train what is missing of the runs asked for; yields each run whose result is new, when it is written.
+    """Train what is missing of these runs, as `select_runs` gives them; yields each run whose result is new, when it is
+    written.
 
     network, prepare: see `build` and `train`. split: makes other splits of the data. --list only names the runs, and
     with --replot there is nothing to train. What can be checked is checked before the first training.
     """
-    runs = select_runs(runs, args, device)
     if args.list and rank() == 0:
         list_runs(question, runs, args)
     if args.list or args.replot:

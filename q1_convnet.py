@@ -10,7 +10,7 @@ colour patches after; 80.7 % of the first 1,000 test images are right. What we f
 
 from collections.abc import Sequence
 
-from common import Run, Settings, make_parser, train_runs
+from common import Run, Settings, make_parser, select_runs, train_runs
 from parts.machine import session
 from report.claims import Claim, by_eye, overfits
 from report.page import Question, check_pages, finish_pages, update_pages
@@ -36,8 +36,9 @@ QUESTION = Question("q1", "Question 1: a convolutional network for CIFAR-10", RU
 
 def main(argv: Sequence[str] | None = None) -> None:
     with session(make_parser(__doc__), argv) as (args, device):
-        check_pages(QUESTION, args)
-        for run in train_runs("q1", RUNS, args, device):
+        runs = select_runs(RUNS, args, device)
+        check_pages(QUESTION, runs, args)
+        for run in train_runs("q1", runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)
 

@@ -15,7 +15,7 @@ training; question 1's is the first 20 epochs of one of them. What we found: res
 from collections.abc import Sequence
 
 import report.figures as fig
-from common import Run, Settings, make_parser, positive, stopping_epoch, train_runs
+from common import Run, Settings, make_parser, positive, select_runs, stopping_epoch, train_runs
 from parts.machine import session
 from report.claims import Claim, better
 from report.numbers import Result, Results, name_of
@@ -133,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patience", type=positive, nargs="+", action="extend", default=[], metavar="N", help=more)
     with session(parser, argv) as (args, device):
         asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
-        runs = [*RUNS, *(run for run in asked if run not in RUNS)]
-        check_pages(QUESTION, args)
+        runs = select_runs([*RUNS, *(run for run in asked if run not in RUNS)], args, device)
+        check_pages(QUESTION, runs, args)
         for run in train_runs("q2", runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)

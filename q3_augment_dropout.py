@@ -264,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = "further dropout rates to run"
     parser.add_argument("--dropout", type=rate, nargs="+", action="extend", default=[], metavar="P", help=more)
     with session(parser, argv) as (args, device):
-        runs = [*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)]
+        runs = select_runs([*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)], args, device)
         if args.preview:
-            return preview_runs(select_runs(runs, args, device), args)
-        check_pages(QUESTION, args)
+            return preview_runs(runs, args)
+        check_pages(QUESTION, runs, args)
         for run in train_runs("q3", runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)

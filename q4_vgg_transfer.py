@@ -28,7 +28,7 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 from tqdm import tqdm
 
 import report.figures as fig
-from common import Run, Settings, Split, autocast, make_parser, train_runs
+from common import Run, Settings, Split, autocast, make_parser, select_runs, train_runs
 from parts.augment import HorizontalFlip
 from parts.layers import convert
 from parts.machine import UserError, expand, first_line, rank, session
@@ -274,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs, weights = RUNS, None
         else:
             runs, weights = find_weights(args.weights)
-        check_pages(QUESTION, args)
+        runs = select_runs(runs, args, device)
+        check_pages(QUESTION, runs, args)
         for run in train_runs("q4", runs, args, device, partial(vgg, weights=weights), features_if_frozen):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)

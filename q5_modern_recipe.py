@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import report.figures as fig
-from common import Run, Settings, Split, make_parser, train_runs
+from common import Run, Settings, Split, make_parser, select_runs, train_runs
 from parts.augment import Cutout, HorizontalFlip, RandomCrop
 from parts.machine import UserError, session
 from report.numbers import Result, Results, measure, reported
@@ -129,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.tune and args.sample:
             raise UserError("--tune needs all training images: run it without --sample")
         question = TUNING_QUESTION if args.tune else QUESTION
-        check_pages(question, args)
+        runs = select_runs(question.runs, args, device)
+        check_pages(question, runs, args)
         split = hold_out if args.tune else None
-        for run in train_runs(question.name, question.runs, args, device, split=split):
+        for run in train_runs(question.name, runs, args, device, split=split):
             update_pages(question, args, run)
         finish_pages(question, args)
 

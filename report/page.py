@@ -15,7 +15,7 @@ from itertools import chain
 import jinja2
 import numpy as np
 
-from common import ROOT, Run, output_folder, seeds_of
+from common import ROOT, Run, output_folder
 from parts.machine import UserError, file_lock, rank, require_writable, say, tell
 from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
@@ -40,8 +40,8 @@ class Question:
         return min(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
 
 
-def check_pages(question: Question, args: argparse.Namespace) -> None:
-    """Before the training: what would fail after it. Raises UserError."""
+def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Before the training of these runs: what would fail after it. Raises UserError."""
     if args.list:
         return
     numbers.the_report()
@@ -49,12 +49,10 @@ def check_pages(question: Question, args: argparse.Namespace) -> None:
     folder = root / question.name
     written = [root / name for name in ("README.md", "overview.png", "claims.png")]
     written += [folder / name for name in ("README.md", "claims.json")]
-    for path in [*written, *(folder / run.name / f"{name}.png" for run in question.runs for name in RUN_FIGURES)]:
+    drawn = {run.name for run in (*question.runs, *runs)}
+    for path in [*written, *(folder / run / f"{name}.png" for run in drawn for name in RUN_FIGURES)]:
         require_ours(path)
-    names = args.only or [run.name for run in question.runs]
-    named_by_options = args.replot or args.epochs or args.precision != "auto"
-    replaced = [folder / name / f"seed{seed}.json" for name in names for seed in seeds_of(args)]
-    replaced = [] if named_by_options else replaced
+    replaced = [] if args.replot else [folder / run.name / f"seed{run.settings.seed}.json" for run in runs]
     for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
         numbers.read_arrays(result)
     numbers.read_beside(root, question.beside, args.sample)

@@ -8,13 +8,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 
 import q1_convnet
 import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
-from common import ROOT, Run, Settings, make_parser
+from common import ROOT, Run, Settings, make_parser, select_runs
 from parts.machine import UserError
 from report import figures, numbers, page
 from results import make, seeds
@@ -34,6 +35,10 @@ def q1(tmp_path):
     for path in (COMMITTED / "q1/convnet").glob("seed*"):
         shutil.copy(path, tmp_path / "q1/convnet")
     return tmp_path, options(tmp_path)
+
+
+def check(question: page.Question, args: Namespace) -> None:
+    page.check_pages(question, select_runs(question.runs, args, torch.device("cpu")), args)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -77,6 +82,18 @@ def test_stops_are_read_from_the_whole_training():
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [6, 2, 6]  # all, 2, 5
 
 
+def test_the_readmes_pictures_say_what_was_judged():
+    runs = {"crop": (81.5, 2.0), "grayscale": (84, 2.0), "flip_p0.1": (84, 12.0), "flip_p0.3": (84, None)}
+    rows = [numbers.ReportRow("q3", run, told, seeds(run, [80, 82]), half) for run, (told, half) in runs.items()]
+    (axes,) = figures.plot_overview(rows).axes
+    words = ["inside", "outside", "inside, but wide", "too few seeds"]
+    assert [text.get_text() for text in axes.texts] == words
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"] == [81.5, 84, 84, 84]
+    parts = [{"mark": mark} for mark in ("reversed", "holds", "cannot be told")]
+    (axes,) = figures.plot_claims([{"number": 1, "text": "claim", "note": "", "parts": parts}]).axes
+    assert [text.get_text() for text in axes.texts[-3:]] == ["✗", "✓", "?"]
+
+
 def test_question_3_draws_what_there_is():
     drawn = q3_augment_dropout.figures({"dropout_0.2": seeds("dropout_0.2", [80, 81], question="q3", dropout=0.2)})
     assert set(drawn) == {"dropout_validation.png", "dropout_bars.png", "dropout_sweep.png"}
@@ -85,17 +102,15 @@ def test_question_3_draws_what_there_is():
 
 
 def test_the_committed_pages_are_what_the_results_give(tmp_path, monkeypatch):
-    """Line by line; a run that was just added is not on them yet."""
+    """Line by line; a run that was just added, and not yet trained, is not on them."""
     shutil.copytree(COMMITTED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
     monkeypatch.setattr(figures, "draw_run", lambda *_: None)
     monkeypatch.setattr(page, "save_figure", lambda *_: None)
     for module in QUESTIONS:
         page.write_pages(module.QUESTION, options(tmp_path))
     for path in [*tmp_path.glob("**/README.md"), *tmp_path.glob("**/claims.json")]:
-        lines, committed = (
-            [line for line in text.read_text().splitlines() if "| not run |" not in line]
-            for text in (path, COMMITTED / path.relative_to(tmp_path))
-        )
+        committed = (COMMITTED / path.relative_to(tmp_path)).read_text().splitlines()
+        lines = [line for line in path.read_text().splitlines() if line in committed or "| not run |" not in line]
         assert lines == committed, path
 
 
@@ -142,7 +157,7 @@ def test_somebody_elses_file_is_found_before_the_training(q1):
     for name in ("README.md", "q1/README.md", "q1/claims.json", "overview.png", "q1/convnet/losses.png"):
         (root / name).write_bytes(b"somebody's")
         with pytest.raises(UserError, match=f"{root / name} was not written by these scripts"):
-            page.check_pages(q1_convnet.QUESTION, args)
+            check(q1_convnet.QUESTION, args)
         (root / name).unlink()
 
 
@@ -155,7 +170,7 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
         whole = path.read_text()
         path.write_text(whole[:2000])
         with pytest.raises(UserError, match=f"{path} is damaged"):
-            page.check_pages(q1_convnet.QUESTION, args)
+            check(q1_convnet.QUESTION, args)
         if run == "q5/strong":
             path.write_text(whole)
     page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])
@@ -166,21 +181,25 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
     for content in ("{", claims.replace('"unit"', '"units"', 1)):
         (root / "q3/claims.json").write_text(content)
         with pytest.raises(UserError, match="claims.json is damaged, or of an older version: delete it"):
-            page.check_pages(q1_convnet.QUESTION, args)
+            check(q1_convnet.QUESTION, args)
 
 
 def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
     root, _ = q1
-    edited = replace(q1_convnet.QUESTION, runs=[Run("convnet", Settings(learning_rate=0.1))])
-    page.check_pages(edited, options(root, "--seeds=3"))  # all of them are about to be replaced
+    runs = [Run(name, Settings(learning_rate=0.1)) for name in ("convnet", "other")]
+    edited = replace(q1_convnet.QUESTION, runs=runs)
+    check(edited, options(root, "--seeds=3"))  # all of them are about to be replaced
+    check(edited, options(root, "--seeds=3", "--epochs=20"))  # that many they have anyway
     path = root / "q1/convnet/seed0.json"
     old = path.read_text()
     path.write_text(old.replace('"learning_rate": 0.002', '"learning_rate": 0.1'))
-    page.check_pages(edited, options(root, "--seeds=3"))  # and one was, when the sweep was interrupted
+    check(edited, options(root, "--seeds=3"))  # and one was, when the sweep was interrupted
+    with_option = replace(q1_convnet.QUESTION, runs=())  # so it is of a run that an option makes
+    page.check_pages(with_option, select_runs(runs, options(root, "--seeds=3"), torch.device("cpu")), options(root))
     path.write_text(old)
     for more in (["--seeds=1"], ["--seeds=3", "--only", "other"], ["--seeds=3", "--epochs=3"]):
         with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
-            page.check_pages(edited, options(root, *more))
+            check(edited, options(root, *more))
 
 
 def test_a_page_names_stand_ins_and_batch_norm_by_parts(tmp_path):

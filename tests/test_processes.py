@@ -39,13 +39,13 @@ def main() -> None:
     """Of every process: a step of each kind, two in one go and with a stop between them, and then question 1."""
     check_pages = q1_convnet.check_pages
 
-    def steps_first(question, args):  # the processes have joined
+    def steps_first(question, runs, args):  # the processes have joined
         folder = args.output_dir.parent
         steps = {name: train_steps(folder, changes) for name, changes in CHANGES.items()}
         steps |= {"whole": train_steps(folder, {}, (2,)), "resumed": train_steps(folder, {}, (1, 2))}
         torch.save(steps, folder / f"step.{machine.rank()}")
         (folder / f"pid.{machine.rank()}").write_text(str(os.getpid()))
-        check_pages(question, args)
+        check_pages(question, runs, args)
 
     q1_convnet.check_pages = steps_first
     q1_convnet.main()
