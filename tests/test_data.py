@@ -1,14 +1,18 @@
 """The official CIFAR-10, the bundled sample, batches; and data folders in which something is wrong."""
 
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
+import common
 from common import ROOT, SAMPLE_DIR, Settings, UserError, find_data_dir, load_cifar10
 from parts.augment import Cutout, RandomCrop
 
@@ -21,6 +25,22 @@ def test_the_official_split(official):
     assert official["test"].labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     for split in official.values():
         assert split.images.dtype == torch.uint8 and split.images.shape[1:] == (3, 32, 32)
+
+
+def test_images_and_labels_keep_their_places(monkeypatch, sample):
+    """Without the official files: of images made up, and of the sample."""
+    rng = np.random.default_rng(0)
+    made_up = [rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for n in (1003, 7)]
+    parts = [SimpleNamespace(data=images, targets=rng.integers(0, 10, len(images)).tolist()) for images in made_up]
+    monkeypatch.setattr(common, "open_cifar10", lambda _: parts)
+    train, validation, test = load_cifar10(Path()).values()
+    for split, part, chosen in ((train, 0, slice(3)), (validation, 0, slice(3, None)), (test, 1, slice(None))):
+        assert np.array_equal(split.images.permute(0, 2, 3, 1), parts[part].data[chosen])
+        assert split.labels.tolist() == parts[part].targets[chosen]
+    digest = hashlib.sha256()
+    for split in sample.values():
+        digest.update(split.images.numpy().tobytes() + bytes(split.labels.tolist()))
+    assert digest.hexdigest() == "148aa774c6633399c47c19f6db0399f083ecffe6d0c31f8f0145d4328dc6afbb"
 
 
 def test_the_sample_is_cut_from_the_official_parts(official, sample, tmp_path, monkeypatch):
@@ -88,6 +108,7 @@ def test_the_environment_names_no_folder_with_cifar10(monkeypatch, no_network, t
         load_cifar10(find_data_dir())
     line = str(error.value)
     assert (repr(f"{tmp_path}/data ") if name == "data " else f"{tmp_path / name}") in line and "\n" not in line
+    assert ("name resolution" in line) == (name == "empty")  # there it was to be downloaded
     assert not (tmp_path / "data ").exists()
 
 

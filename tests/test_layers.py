@@ -125,13 +125,6 @@ def test_the_rule_follows_from_the_cpu(monkeypatch):
         assert make_rule("cuda", torch.bfloat16) == make_rule("cuda", torch.float32) == ConvolutionRule()
 
 
-def test_a_rule_says_what_results_record():
-    assert str(ConvolutionRule()) == "PyTorch's own"
-    assert str(ConvolutionRule(winograd=128)) == "Winograd from 128 input channels on"
-    products = "products: output up to 4 pixels, input gradient up to 0 pixels, weight gradient up to 16 pixels"
-    assert str(ConvolutionRule(0, 4, 0, 16)) == products
-
-
 def test_dropout_drops_its_share_and_scales_the_rest():
     torch.manual_seed(0)
     inputs = torch.ones(25, 15, 21, 21).to(memory_format=torch.channels_last).requires_grad_()

@@ -26,6 +26,13 @@ def test_a_device_that_is_not_there(monkeypatch, device):
         choose_device("cuda")
 
 
+def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there, device in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == device
+
+
 def test_a_cpu_counts_subnormal_numbers_as_zero():
     torch.set_flush_denormal(False)
     small = torch.full((8,), 1e-39)

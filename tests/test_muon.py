@@ -75,20 +75,6 @@ def test_in_float32_nothing_is_rounded_to_bfloat16(model):
     torch.testing.assert_close(as_matrix(weight), before - 0.1 * update, atol=1e-5, rtol=0)
 
 
-def test_it_goes_on_from_its_saved_state(model):
-    optimizer = MuonAndSGD(model, **RATES)
-    backward(model, 0)
-    optimizer.step()
-    resumed = copy.deepcopy(model)
-    again = MuonAndSGD(resumed, **RATES)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for network, stepping in ((model, optimizer), (resumed, again)):
-        backward(network, 1)
-        stepping.step()
-    for ours, theirs in zip(resumed.parameters(), model.parameters()):
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_every_parameter_has_one_optimiser_and_frozen_ones_none(narrow):
     model = ConvNet(batch_norm=True).to(memory_format=torch.channels_last)
     first = next(model.parameters()).requires_grad_(False)

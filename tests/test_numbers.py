@@ -179,16 +179,3 @@ def test_where_one_more_seed_falls():
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
     assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
     assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None
-
-
-def test_both_intervals_cover_as_often_as_they_say():
-    """Brute force: trainings drawn from known distributions, four runs of three seeds and one of a single seed."""
-    inside, rounds, rng = np.zeros(2), 3000, np.random.default_rng(0)
-    for _ in range(rounds):
-        truth = rng.uniform(70, 85, 5)
-        drawn = [rng.normal(centre, 0.7, 1 if i == 4 else 3) for i, centre in enumerate(truth)]
-        noise = pooled(drawn)
-        half = noise.half(1 / 3 + 1)
-        inside[0] += abs((drawn[0].mean() - drawn[4].mean()) - (truth[0] - truth[4])) < half
-        inside[1] += abs(rng.normal(truth[0], 0.7) - drawn[0].mean()) < noise.half(1 + 1 / 3)
-    assert np.all(np.abs(inside / rounds - 0.95) < 4 * math.sqrt(0.95 * 0.05 / rounds))

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import folders, three_epochs
@@ -93,6 +94,7 @@ def test_the_sample_end_to_end(finished):
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "seed0.json").read_text())
     assert len(result["history"]) == 3 and result["settings"]["data"] == "cifar10-sample"
+    assert np.load(run / "seed0.npz")["step_losses"].shape == (3, 60)  # batches of 25: in 8 of 200 it learns nothing
     assert "Conv2d(3, 8" in out and "trainable parameters" in out  # the printed network
     assert "claim" not in out and "page: " in out  # no verdict on a sample
     for page in (run.parents[1] / "README.md", run.parent / "README.md"):
@@ -115,13 +117,13 @@ def test_replot_changes_nothing_and_list_says_done(finished, capsys, narrow):
 def test_every_question_trains_and_reports(question, quick, tmp_path, capsys):
     """Its last run, an epoch on a few images; in a thread, as a notebook may."""
     run = question.RUNS[-1].name
-    options = ["--sample", "--epochs=1", "--device=cpu", "--only", run, *folders(tmp_path)]
+    options = ["--sample", "--epochs=1", "--device=cpu", "--figures=svg", "--only", run, *folders(tmp_path)]
     options += ["--weights=none"] if question is q4_vgg_transfer else []
     thread = threading.Thread(target=question.main, args=(options,))
     thread.start()
     thread.join()
     (found,) = (tmp_path / "out/sample" / question.QUESTION.name).glob("*/seed0.json")
-    assert found.parent.name == f"{run}_1epochs"
+    assert found.parent.name == f"{run}_1epochs" and found.with_name("losses.svg").exists()
     assert f"page: {found.parents[1] / 'README.md'}" in capsys.readouterr().out
 
 
@@ -148,8 +150,11 @@ def test_tuning_sees_no_test_images(quick, small, tmp_path, monkeypatch):
     assert torch.equal(data["train"].images, images[:110]) and torch.equal(data["test"].images, images[110:])
     assert data["validation"] is data["test"]
     empty = small | {"test": common.Split(small["test"].images[:0], small["test"].labels[:0])}
-    monkeypatch.setattr(common, "load_cifar10", lambda _: empty)
-    q5_modern_recipe.main(["--tune", "--only", "fast", "--epochs=1", "--device=cpu", *folders(tmp_path)])
+    opened = []
+    monkeypatch.setattr(common, "load_cifar10", lambda folder: opened.append(folder) or empty)
+    options = ["--tune", "--only", "fast", "--epochs=1", "--device=cpu", f"--data-dir={tmp_path}"]
+    q5_modern_recipe.main([*options, *folders(tmp_path)])
+    assert opened == [tmp_path]
     (path,) = (tmp_path / "out/q5_tuning").glob("*/seed0.json")
     assert json.loads(path.read_text())["settings"]["data"] == "cifar10-tuning"
     assert "held-out training images" in (path.parents[1] / "README.md").read_text()

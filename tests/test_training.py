@@ -146,16 +146,23 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, capsys):
 def test_every_epoch_has_its_own_order_augmentation_and_dropout(small, tmp_path, monkeypatch):
     asked, real = [], common.stream_seed
     monkeypatch.setattr(common, "stream_seed", lambda *what: asked.append(what) or real(*what))
-    follow(small, tmp_path)
-    streams = itertools.product([0], [1, 2], ["order", "augment", "dropout", "validation"])
-    assert len({real(*stream) for stream in streams if stream in asked}) == 8
+    follow(small, tmp_path, seed=3)
+    streams = [*itertools.product([3], [1, 2], ["order", "augment", "dropout", "validation"]), (3, 0, "init")]
+    assert len({real(*stream) for stream in streams if stream in asked}) == 9
+
+
+def test_what_settings_name_is_what_is_trained(small, two_epochs, tmp_path):
+    """Each changes the loss of the first batch, though its images and the initial weights are the same."""
+    first = two_epochs[1]["step_losses"][0][0]
+    others = {"batch_norm": False}, {"dropout": 0.0}, {"dropout": 0.4}, {"dropout_after_pool": True}, {"augment": ()}
+    for changes in others:
+        assert follow(small, tmp_path, epochs=1, **changes)["step_losses"][0][0] != first, changes
 
 
 def test_the_optimiser_is_the_exercises(two_epochs):
     """torch.optim.Adam, its L2 and not AdamW's decay: one step of it by hand, from the same gradients."""
     (group,) = two_epochs[1]["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(2e-3 * 0.95) and group["weight_decay"] == 1e-3  # in the second epoch
-    assert [entry["lr"] for entry in two_epochs[1]["history"]] == pytest.approx([2e-3, 2e-3 * 0.95])
     model = nn.Linear(4, 3)
     optimizer = common.make_optimizer(model, dataclasses.replace(SETTINGS, weight_decay=0.5), CPU)
     before = model.weight.detach().clone()
@@ -217,6 +224,16 @@ def test_no_validation_loss_that_is_not_finite_reaches_the_history(small, monkey
         common.validate(fresh(small)[0], small["validation"], SETTINGS, 1)
 
 
+def test_the_list_says_how_far_a_run_is(two_epochs, tmp_path):
+    path, longer = two_epochs[0], dataclasses.replace(SETTINGS, epochs=3)
+    assert common.run_state(tmp_path / "none", SETTINGS, False) == "not started"
+    assert common.run_state(path, longer, False) == "epoch 2"
+    assert common.run_state(path, longer, True) == "epoch 2 (has a result)"
+    assert common.run_state(path, SETTINGS, False) == "trained, no result yet"
+    assert common.run_state(path, SETTINGS, True) == "done"
+    assert common.run_state(tmp_path, SETTINGS, True) == "a checkpoint that cannot be read (Is a directory)"
+
+
 def test_no_epoch_is_trained_twice(small, two_epochs):
     path, state = two_epochs
     written = path.stat().st_mtime_ns
@@ -233,8 +250,13 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
     full = follow(small, tmp_path / "full", epochs=4)
     assert (len(stopped["history"]), len(full["history"])) == (3, 4)
     rule = Run("rule", dataclasses.replace(SETTINGS, epochs=4, patience=1))
-    results = [make_result("q2", rule, PARAMETERS, state, small["test"].labels) for state in (stopped, full)]
-    assert numbers(results[0]) == numbers(results[1]) and results[0]["test"] == results[1]["test"]
+    labels = small["test"].labels
+    full["predictions"][1:3] = guesses = [labels.to(torch.uint8), torch.zeros_like(labels, dtype=torch.uint8)]
+    stopped["predictions"] = full["predictions"][:3]
+    results = [make_result("q2", rule, PARAMETERS, state, labels) for state in (stopped, full)]
+    assert numbers(results[0]) == numbers(results[1])
+    best, last = (common.score(guess, labels, epoch) for epoch, guess in enumerate(guesses, 2))
+    assert results[0]["test"] == results[1]["test"] == {"best": best, "last": last}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +300,6 @@ def test_evaluation_gives_what_was_recorded_and_leaves_the_model_alone(small, tw
     assert evaluate(model, small["validation"], SETTINGS)[0] == entry["validation_loss"]  # as they are
     assert entry["validation_loss"] != entry["augmented_validation_loss"]
     assert all(torch.equal(v, state["best"][k]) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_key_is_what_shapes_the_weights():
@@ -385,7 +406,9 @@ def test_a_result_is_written_once_and_never_half(small, two_epochs, tmp_path, mo
     assert common.write_result(tmp_path, result, state) and not common.write_result(tmp_path, result, state)
     assert json.loads((tmp_path / "seed0.json").read_text()) == json.loads(json.dumps(result))
     with np.load(tmp_path / "seed0.npz") as arrays:
-        assert arrays["step_losses"].shape == (2, 2) and arrays["last"].shape == (8, 3, 3, 3)
+        assert np.array_equal(arrays["step_losses"], torch.stack(state["step_losses"]))
+        assert np.array_equal(arrays["before"], fresh(small)[0].features[0].weight.detach())
+        assert np.array_equal(arrays["last"], state["model"]["features.0.weight"])
     monkeypatch.setattr(common, "write_atomic", interrupt)
     with pytest.raises(KeyboardInterrupt):
         common.write_result(tmp_path, result | {"best_epoch": 1, "seed": 0, "run": "other"}, state)
@@ -396,11 +419,13 @@ def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(qu
     options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", *folders(tmp_path)]
     q1_convnet.main(options)
     (path,) = (tmp_path / "checkpoints").glob("*.pt")
-    before, other, told = path.read_bytes(), ExitStack(), []
-    other.enter_context(file_lock(path.with_suffix(".lock")))
+    before, other, told, lock = path.read_bytes(), ExitStack(), [], path.with_suffix(".lock")
     monkeypatch.setattr("parts.machine.tell", lambda line: (told.append(line), other.close()))
-    q1_convnet.main([*options, "--fresh"])
-    assert any(f"waiting until another process lets go of {path.with_suffix('.lock')}" in line for line in told)
+    for more in ([], ["--fresh"]):
+        told.clear()
+        other.enter_context(file_lock(lock))
+        q1_convnet.main([*options, *more])
+        assert any(f"waiting until another process lets go of {lock}" in line for line in told), more
     assert path.with_suffix(".old").read_bytes() == before
     assert len(checkpoint(tmp_path)["history"]) == 1
     with pytest.raises(SystemExit):  # a second one would lose it

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_narrow
+from conftest import folders, make_narrow
 from torchvision.models import vgg11_bn
 
 import common
@@ -101,6 +101,16 @@ def test_cached_features_train_as_running_the_backbone_every_epoch_does(weights,
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
         assert a["augmented_validation_loss"] == pytest.approx(b["augmented_validation_loss"], abs=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(every_epoch["predictions"], cached["predictions"], strict=True))
+
+
+def test_a_file_of_weights_is_what_frozen_runs_compute_features_with(state, quick, tmp_path, monkeypatch):
+    torch.save(state, tmp_path / "weights.pth")
+    run, computed, compute = find_weights(str(tmp_path / "weights.pth"))[0][1], [], q4_vgg_transfer.compute_features
+    monkeypatch.setattr(q4_vgg_transfer, "compute_features", lambda *a: computed.append(a[-1]) or compute(*a))
+    options = [f"--weights={tmp_path / 'weights.pth'}", "--sample", "--epochs=2", "--device=cpu", "--only", run.name]
+    q4_vgg_transfer.main([*options, *folders(tmp_path)])
+    assert computed == ["train", "validation", "test"]  # once, not in every epoch
+    assert (tmp_path / f"out/sample/q4/{run.name}_2epochs/seed0.json").exists()
 
 
 FORMS = {  # as people save them
