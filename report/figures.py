@@ -90,7 +90,7 @@ def new_grid(rows: int, columns: int, size: tuple[float, float], **options):
 
 def shades(count: int) -> np.ndarray:
     """Colours for an ordered family of curves, [count, 4]."""
-    return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
+    return matplotlib.colormaps["turbo"](np.linspace(0, 0.95, count))
 
 
 def plot_curve(axes, found: Sequence[Result], curve: str, label: str | None, **style) -> None:
@@ -268,7 +268,8 @@ def plot_claims(claims: Sequence[dict]) -> Figure:
     axes.text(0.98, -1, f"each part by its 95 % interval: {key}", ha="right", va="center", fontsize=8, color="0.35")
     for claim, text, place in zip(claims, texts, places):
         axes.text(0.03, place, claim["number"], ha="right", va="top", fontsize=9, fontweight="bold")
-        axes.text(0.04, place, "\n".join(text), va="top", fontsize=9, linespacing=1.25)
+        grey = "0.5" if claim["note"] else "black"  # not quite the report's
+        axes.text(0.04, place, "\n".join(text), va="top", fontsize=9, linespacing=1.25, color=grey)
         for i, part in enumerate(claim["parts"]):
             color = COLORS.get(part["mark"], "0.55")
             x = 0.775 + 0.0235 * i
