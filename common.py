@@ -68,7 +68,7 @@ class Settings:
     weights: str = "none"  # what the network starts from: "none" is a random initialisation
     backbone: Literal["trained", "frozen", "frozen, training mode"] = "trained"  # frozen: in evaluation mode
     augment: tuple = ()  # batch-wise augmentations, applied in this order
-    data: str = "cifar10"  # or "cifar10-sample", the excerpt in sample/, or "cifar10-tuning": see question 5
+    data: str = "cifar10"  # says what --sample ("cifar10-sample") and question 5's --tune ("cifar10-tuning") load
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     batch_size: int = 200
@@ -98,8 +98,7 @@ class Settings:
 
     def shaping(self) -> dict:
         """Those that shape the weights."""
-        reading = {"patience"} if self.schedule == "linear" else {"patience", "epochs"}
-        return {k: v for k, v in self.as_dict().items() if k not in reading}
+        return shaping(self.as_dict())
 
     def key(self) -> str:
         """Name of the checkpoint, from what is not at its default: a new field renames none."""
@@ -107,6 +106,12 @@ class Settings:
         named = {k: v for k, v in self.shaping().items() if v != defaults[k]}
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
+
+
+def shaping(settings: dict) -> dict:
+    """Those of `Settings.as_dict` that shape the weights."""
+    reading = {"patience"} if settings["schedule"] == "linear" else {"patience", "epochs"}
+    return {name: value for name, value in settings.items() if name not in reading}
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,6 @@ def load_sample() -> dict[str, Split]:
 
 
 def load_data(sample: bool, data_dir: Path | None, device: torch.device) -> dict[str, Split]:
-    machine.keep_large_blocks()
     data = load_sample() if sample else load_cifar10(find_data_dir(data_dir))
     return {part: split.to(device) for part, split in data.items()}
 
@@ -699,7 +703,12 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--only", nargs="+", action="extend", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
-    add("--epochs", type=positive, metavar="N", help="such runs are named by it; the overview leaves them out")
+    add(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help="instead of a run's own; its name then has them, and it tells of no other run",
+    )
     add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
@@ -718,7 +727,9 @@ def output_folder(args: Namespace) -> Path:
 
 
 def on_sample(settings: Settings) -> Settings:
-    """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate."""
+    """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate (but for
+    Muon's).
+    """
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
     return replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 
@@ -765,8 +776,7 @@ def train_runs(
         list_runs(question, runs, args)
     if args.list or args.replot:
         return
-    for folder in (args.output_dir, args.checkpoint_dir):
-        machine.require_writable(folder)
+    machine.require_writable(args.checkpoint_dir)
     data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
     paths = {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}

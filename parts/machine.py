@@ -32,7 +32,8 @@ class UserError(Exception):
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
 
-    Also sets up this process for it; call before torch starts its threads, which take over how they treat subnormals.
+    Also sets up this process for it; call before the first large tensor, and before
+    torch starts its threads, which take over how they treat subnormals.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, there in available.items() if there]
@@ -53,6 +54,7 @@ def choose_device(name: str) -> torch.device:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
     if device.type == "cpu":  # weight decay lets most of ConvNet's weights sink below 1e-38, where CPUs become slow
         torch.set_flush_denormal(True)
+        keep_large_blocks()
     return device
 
 
@@ -62,11 +64,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
     cpu, capability = torch.cpu.get_capabilities(), None
-    native = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = device.type == "cpu" and any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
         capability = torch.cuda.get_device_capability(device)
+        native = capability >= (8, 0)
     if name == "bf16" and not native:
         raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
     return fastest_precision(native and not slow, capability) if name == "auto" else name
@@ -114,8 +116,8 @@ def announce(what: str, device: torch.device, precision: str) -> None:
 
 
 def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed blocks; call before the first large allocation. Else every step returns its
-    activations to the kernel and back, and takes 1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
+    """Tell glibc's malloc to keep freed blocks. Else every step returns its activations to the kernel and back, and takes
+    1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

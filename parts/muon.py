@@ -69,7 +69,7 @@ class MuonAndSGD(torch.optim.Optimizer):
         self.sgd.step()
 
     def state_dict(self) -> dict:
-        """Muon's as torch.optim.Muon has it."""
+        """The momenta, named as torch.optim.Muon names its state."""
         muon = {number: {"momentum_buffer": momentum} for number, momentum in enumerate(self.momenta)}
         return {"muon": {"state": muon}, "sgd": self.sgd.state_dict()}
 
