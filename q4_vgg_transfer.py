@@ -118,13 +118,11 @@ def vgg(settings: Settings, weights: dict[str, Tensor] | None = None) -> VGG11:
 
 
 def find_weights(option: str) -> tuple[list[Run], dict[str, Tensor] | None]:
-    """The runs that --weights asks for, and the backbone's state dict; other weights than torchvision's name their runs
-    by file and hash. Raises UserError where they are not to be had, or are not those of vgg11_bn.
+    """The runs that --weights asks for, and a file's backbone as a state dict; the file names its runs, with its hash.
+    Raises UserError where it cannot be read, or is not of vgg11_bn.
     """
-    if option == "none":
-        return [SCRATCH], None
-    if option == "imagenet":
-        return RUNS, feature_tensors(imagenet_weights(), option)
+    if option in ("imagenet", "none"):
+        return RUNS if option == "imagenet" else [SCRATCH], None
     path = expand(option)
     try:
         content = path.read_bytes()
@@ -270,13 +268,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none"
     parser.add_argument("--weights", default="imagenet", metavar="WHAT", help=what)
     with session(parser, argv) as (args, device):
-        if args.replot or (args.list and args.weights == "imagenet"):
-            runs, weights = RUNS, None
-        else:
-            runs, weights = find_weights(args.weights)
+        runs, weights = find_weights("imagenet" if args.replot else args.weights)
         runs = select_runs(runs, args, device)
         check_pages(QUESTION, runs, args)
-        for run in train_runs("q4", runs, args, device, partial(vgg, weights=weights), features_if_frozen):
+        wanted = any(run.settings.weights != "none" for run in runs)
+        if wanted and weights is None and not (args.list or args.replot):
+            weights = feature_tensors(imagenet_weights(), "imagenet")
+        for run in train_runs(QUESTION.name, runs, args, device, partial(vgg, weights=weights), features_if_frozen):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)
 
