@@ -31,14 +31,14 @@ CLAIMS = [
     ),
 ]
 
-QUESTION = Question("q1", "Question 1: a convolutional network for CIFAR-10", RUNS, CLAIMS)
+QUESTION = Question("q1", "q1_convnet.py", "Question 1: a convolutional network for CIFAR-10", RUNS, CLAIMS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with session(make_parser(__doc__), argv) as (args, device):
         runs = select_runs(RUNS, args, device)
         check_pages(QUESTION, runs, args)
-        for run in train_runs("q1", runs, args, device):
+        for run in train_runs(QUESTION.name, runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)
 

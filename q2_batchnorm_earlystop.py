@@ -124,7 +124,9 @@ def mark_stops(axes, whole: Result, curve: str, patiences: Sequence[int], color:
 
 
 TITLE = "Question 2: batch normalisation and early stopping"
-QUESTION = Question("q2", TITLE, RUNS, CLAIMS, figures, baselines=("convnet", "convnet_full"))
+QUESTION = Question(
+    "q2", "q2_batchnorm_earlystop.py", TITLE, RUNS, CLAIMS, figures, baselines=("convnet", "convnet_full")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
         runs = select_runs([*RUNS, *(run for run in asked if run not in RUNS)], args, device)
         check_pages(QUESTION, runs, args)
-        for run in train_runs("q2", runs, args, device):
+        for run in train_runs(QUESTION.name, runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)
 

@@ -244,7 +244,7 @@ def preview_runs(runs: Sequence[Run], args: argparse.Namespace) -> None:
 
 
 TITLE = "Question 3: augmentation and dropout"
-QUESTION = Question("q3", TITLE, RUNS, CLAIMS, figures, baselines=("baseline", "baseline_20"))
+QUESTION = Question("q3", "q3_augment_dropout.py", TITLE, RUNS, CLAIMS, figures, baselines=("baseline", "baseline_20"))
 
 
 def rate(text: str) -> float:
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.preview:
             return preview_runs(runs, args)
         check_pages(QUESTION, runs, args)
-        for run in train_runs("q3", runs, args, device):
+        for run in train_runs(QUESTION.name, runs, args, device):
             update_pages(QUESTION, args, run)
         finish_pages(QUESTION, args)
 

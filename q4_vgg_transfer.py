@@ -260,7 +260,9 @@ def plot_steps(trained: Sequence[Result]) -> fig.Figure:
 
 
 TITLE = "Question 4: VGG11_bn, frozen, fine-tuned and from scratch"
-QUESTION = Question("q4", TITLE, RUNS, CLAIMS, figures, baselines=("scratch",), beside=("q1/convnet",))
+QUESTION = Question(
+    "q4", "q4_vgg_transfer.py", TITLE, RUNS, CLAIMS, figures, baselines=("scratch",), beside=("q1/convnet",)
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -116,9 +116,11 @@ def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
 
 
 TITLE = "Question 5, beyond the report: the same network at its best"
-QUESTION = Question("q5", TITLE, RUNS, figures=figures, baselines=("fast",), beside=("q2/batchnorm",))
+QUESTION = Question(
+    "q5", "q5_modern_recipe.py", TITLE, RUNS, figures=figures, baselines=("fast",), beside=("q2/batchnorm",)
+)
 TUNING_TITLE = "Question 5: settings tried on held-out training images"
-TUNING_QUESTION = Question("q5_tuning", TUNING_TITLE, TUNING, baselines=("fast", "heavy"))
+TUNING_QUESTION = Question("q5_tuning", "q5_modern_recipe.py --tune", TUNING_TITLE, TUNING, baselines=("fast", "heavy"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -99,11 +99,11 @@ def judge(part: Part, results: Results) -> dict:
 
 def words(part: Part, other: str = "") -> str:
     """ "crop + flip against crop", and on what where that is not the test images."""
-    names = {"run": name_of(part.run), "other": name_of(other)}
-    if part.text:
-        return part.text.format(**names)
     best_of = "the best of the others, " if len(part.others) > 1 else ""
-    text = f"{names['run']} against {best_of}{names['other']}"
+    run, other = name_of(part.run), best_of + name_of(other)
+    if part.text:
+        return part.text.format(run=run, other=other)
+    text = f"{run} against {other}"
     if part.on != "test":
         text += f", {part.on.replace('_', ' ')}"
     if math.isfinite(part.zone[1]):

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.fft import dctn
 from scipy.stats import t, ttest_ind
 
-from common import Run, Settings, on_sample
+from common import Run, Settings, on_sample, shaping
 from parts.machine import UserError, tell
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +54,11 @@ class Result:
         return self.settings["data"] == "cifar10-sample"
 
     @property
+    def is_trial(self) -> bool:
+        """Did --epochs or --precision name it? It stands in its question's table, and tells of no other run."""
+        return len(split_name(self.run)) > 1
+
+    @property
     def weights(self) -> str:
         """Which weights are the result: the best ones, but the last ones of a schedule that ends at zero."""
         return "last" if self.settings["schedule"] == "linear" else "best"
@@ -68,8 +73,7 @@ class Result:
 
     def training(self) -> str:
         """The same for all seeds, and for all readings of one training."""
-        reading = {"seed", "precision", "patience"} | ({"epochs"} if self.settings["schedule"] != "linear" else set())
-        return json.dumps({k: v for k, v in self.settings.items() if k not in reading})
+        return json.dumps({k: v for k, v in shaping(self.settings).items() if k not in ("seed", "precision")})
 
 
 Results = dict[str, list[Result]]  # by run, one per seed, in order of seeds
@@ -160,7 +164,7 @@ def read_questions(root: Path, replaced: Collection[Path] = ()) -> dict[str, Res
     questions = {}
     for name in the_report()["numbers"]:
         results = read_question(root / name, [], sample=False, replaced=replaced)
-        questions[name] = {run: found for run, found in results.items() if len(split_name(run)) == 1}
+        questions[name] = {run: found for run, found in results.items() if not found[0].is_trial}
     return questions
 
 
@@ -245,6 +249,11 @@ def gap(result: Result) -> float:
     return result.as_the_report("validation_loss")[-1] - result.curves["train_loss"][-1]
 
 
+def augmentation_adds(result: Result) -> float:
+    """Points of validation accuracy, mean over epochs: on augmented images - on plain ones."""
+    return (result.as_the_report("validation_accuracy") - result.curves["validation_accuracy"]).mean()
+
+
 def rise(result: Result) -> float:
     """Percent by which the validation loss ends above its lowest value."""
     loss = result.as_the_report("validation_loss")
@@ -258,6 +267,7 @@ MEASURES = {  # numbers of one training
     "alike_validation": lambda result: result.as_the_report("validation_accuracy").max(),
     "restored": lambda result: result.tests["best", "all_images"] - result.tests["last", "all_images"],
     "easier": lambda result: result.tests["last", "report_images"] - result.tests["last", "all_images"],
+    "augmentation_adds": augmentation_adds,
     "gap": gap,
     "narrowness": lambda result: -abs(gap(result)),  # how near to zero the gap is
     "rise": rise,
@@ -295,23 +305,26 @@ class Noise(NamedTuple):
 
 
 def pooled(groups: Iterable[np.ndarray]) -> Noise | None:
-    """Over groups of equal variance; None where none has several values."""
-    groups = list(groups)
-    df = sum(len(group) - 1 for group in groups)
-    squares = sum(len(group) * np.var(group) for group in groups)
+    """Over groups of equal variance, [seeds] or [readings, seeds] each; of readings of the same seeds the mean variance.
+    None where no group has several seeds.
+    """
+    groups = [np.atleast_2d(group) for group in groups]
+    df = sum(group.shape[1] - 1 for group in groups)
+    squares = sum(group.shape[1] * group.var(axis=1).mean() for group in groups)
     return Noise(math.sqrt(squares / df), df) if df else None
 
 
-def steady_noise(runs: Iterable[Sequence[Result]], what: str, by_epochs: bool = True) -> Noise | None:
-    """Pooled over the steady runs. A training counts once, however many runs read it; with `by_epochs` once for every
-    number of epochs.
-    """
-    trainings: dict[tuple, Sequence[Result]] = {}
+def steady_noise(runs: Iterable[Sequence[Result]], what: str) -> Noise | None:
+    """Pooled over the steady runs but for trials. Runs that read one training, so of the same seeds, count as one."""
+    trainings: dict[str, list[np.ndarray]] = {}
     for results in runs:
-        if results and results[0].is_steady:
-            key = (results[0].training(), results[0].settings["epochs"] if by_epochs else None)
-            trainings[key] = max(trainings.get(key, ()), results, key=len)
-    return pooled(values(results, what) for results in trainings.values())
+        if results and results[0].is_steady and not results[0].is_trial:
+            trainings.setdefault(results[0].training(), []).append(values(results, what))
+    groups = []
+    for readings in trainings.values():
+        seeds = max(map(len, readings))
+        groups.append(np.stack([reading for reading in readings if len(reading) == seeds]))
+    return pooled(groups)
 
 
 class Difference(NamedTuple):
@@ -374,7 +387,7 @@ class ReportRow:
 def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:
     """Over all steady runs of a network, of the accuracy as the report tests."""
     of_it = [results for results in runs if results and results[0].settings["network"] == network]
-    return steady_noise(of_it, "alike", by_epochs=False)
+    return steady_noise(of_it, "alike")
 
 
 def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
@@ -410,7 +423,7 @@ NAMES = {  # what stands in a run's name -> what people read, one after the othe
     "^finetune_": "fine-tuned on ",
     " on imagenet$": " on ImageNet's features",
     r" on \S*tinyimagenet\S*$": " on Tiny-ImageNet's features (a stand-in)",  # a page's footnote says which
-    r" on \S+$": " on other features (a stand-in)",
+    r" on (\S+)$": r" on \1 (a stand-in)",
     "_no_": " without ",
 }
 

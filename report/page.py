@@ -1,4 +1,4 @@
-"""The pages: results/README.md and results/q*/README.md, from the JSON files in results/ alone.
+"""The pages: results/README.md and results/q*/README.md, from what else is in results/ alone.
 
     results/q3/crop/seed0.json -> its figures -> results/q3/README.md and claims.json -> results/README.md, overview.png
 
@@ -15,7 +15,7 @@ from itertools import chain
 import jinja2
 import numpy as np
 
-from common import ROOT, Run, output_folder
+from common import Run, output_folder
 from parts.machine import UserError, file_lock, rank, require_writable, say, tell
 from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
@@ -28,16 +28,13 @@ class Question:
     """What a script declares of its question."""
 
     name: str  # "q1"
+    command: str  # that trains it: "q1_convnet.py"
     title: str
     runs: Sequence[Run]
     claims: Sequence[Claim] = ()
     figures: Callable[[Results], dict[str, Figure]] = lambda results: {}  # of all runs, by file name
     baselines: Sequence[str] = ()  # a run is compared with the first of these that is read at as many epochs
     beside: tuple[str, ...] = ()  # runs of other questions that the figures and claims want: "q1/convnet"
-
-    @property
-    def script(self) -> str:
-        return min(path.name for path in ROOT.glob(f"{self.name[:2]}_*.py"))
 
 
 def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespace) -> None:
@@ -155,7 +152,6 @@ def question_content(question: Question, own: Results, results: Results, args: a
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
         "noise": noise,
-        "noise_once": numbers.steady_noise(results.values(), "test", by_epochs=False),
         "by_parts": [name_of(run) for run in by_parts],
     }
 
@@ -245,8 +241,11 @@ def machines(own: Results) -> list[str]:
     return lines
 
 
-CURVES = {"validation_accuracy": "accuracy {:.1f}", "train_loss": "training loss {:.3f}"}
-CURVES["validation_loss"] = "validation loss {:.3f}"
+CURVES = {
+    "validation_accuracy": "accuracy {:.1f}",
+    "train_loss": "training loss {:.3f}",
+    "validation_loss": "validation loss {:.3f}",
+}
 
 
 def distance(figure: dict, own: Results) -> str | None:
@@ -281,8 +280,9 @@ def read_claims(root) -> list[dict]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["claims"]
             for claim in found:
-                parts = [(MARKS[part["mark"]], part["text"], interval_in_words(part)) for part in claim["parts"]]
-                _ = claim["number"], claim["text"], claim["note"], parts[0]
+                shown = [(MARKS[part["mark"]], part["text"], interval_in_words(part)) for part in claim["parts"]]
+                if not shown or not {"number", "text", "note"} <= claim.keys():
+                    raise ValueError("a part is missing")
             claims += found
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
@@ -317,7 +317,7 @@ def write_overview(root, args: argparse.Namespace) -> None:
 def augmentations(q3: Results) -> dict:
     """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
-    added = {run: mean(found, "alike_validation") - mean(found, "validation") for run, found in augmented.items()}
+    added = {run: mean(found, "augmentation_adds") for run, found in augmented.items()}
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
     apart = difference(*top[:2], "test", numbers.steady_noise(q3.values(), "test")) if len(top) > 1 else None
     rates = [rate for rate in ("0.5", "0.6") if {f"dropout_{rate}", f"dropout_after_pool_{rate}"} <= q3.keys()]

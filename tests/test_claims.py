@@ -2,8 +2,8 @@
 
 import pytest
 
+from made import make, seeds
 from report.claims import about_equal, better, by_eye, judge, narrowest_gap, overfits
-from results import make, seeds
 
 LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [78.0, 78.2, 78.4])}
 

@@ -11,18 +11,18 @@ import pytest
 from scipy.stats import t
 
 from common import ROOT, Run, Settings
+from made import make, seeds
 from parts.machine import UserError
 from report import numbers
 from report.numbers import Noise, difference, measure, name_of, one_more, pooled, read_question, read_run, steady_noise
-from results import make, seeds
 
 COMMITTED = ROOT / "results"
 
 
 @pytest.fixture
 def q1(tmp_path):
-    """A copy of question 1's committed results."""
-    shutil.copytree(COMMITTED / "q1", tmp_path / "q1")
+    """A copy of question 1's committed results, of three seeds."""
+    shutil.copytree(COMMITTED / "q1", tmp_path / "q1", ignore=shutil.ignore_patterns("seed[!0-2]*"))
     return tmp_path / "q1"
 
 
@@ -117,6 +117,7 @@ def test_the_reports_rows_stand_in_order_and_once():
 
 def test_what_options_append_stands_apart_in_a_name():
     names = {"scratch_fp32": "VGG11_bn from scratch, fp32", "crop_flip_3epochs": "crop + flip, 3epochs"}
+    names["frozen_my_file_0a1b2c3d"] = "frozen on my file 0a1b2c3d (a stand-in)"
     names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
     assert {run: name_of(run) for run in names} == names
 
@@ -147,9 +148,12 @@ def test_the_deviation_is_pooled_and_a_training_counts_once():
     one, again, other = seeds("a", [80, 81]), seeds("b", [80, 81]), seeds("c", [80, 84], batch_norm=True)
     unsteady = seeds("d", [30, 60, 50], dropout=0.6)
     assert steady_noise([one, again, other, unsteady], "test") == pooled([[80, 81], [80, 84]])
-    fewer_epochs = seeds("e", [79, 81], epochs=3)
-    assert steady_noise([one, fewer_epochs], "test").df == 2
-    assert steady_noise([one, fewer_epochs], "test", by_epochs=False).df == 1
+    fewer_epochs, one_seed, trial = (
+        seeds("e", [79, 82], epochs=3),
+        seeds("f", [9], epochs=4),
+        seeds("f_2epochs", [1, 9]),
+    )
+    assert steady_noise([one, fewer_epochs, one_seed, trial], "test") == Noise(math.sqrt((0.5 + 4.5) / 2), 1)
 
 
 def test_a_difference_is_the_subtraction_of_what_tables_print():

@@ -16,9 +16,9 @@ import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
 from common import ROOT, Run, Settings, make_parser, select_runs
+from made import make, seeds
 from parts.machine import UserError
 from report import figures, numbers, page
-from results import make, seeds
 
 COMMITTED = ROOT / "results"
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
@@ -32,7 +32,7 @@ def options(folder: Path, *more: str) -> Namespace:
 def q1(tmp_path):
     """Question 1's committed results alone, without pictures and pages; and the options that find them."""
     (tmp_path / "q1/convnet").mkdir(parents=True)
-    for path in (COMMITTED / "q1/convnet").glob("seed*"):
+    for path in (COMMITTED / "q1/convnet").glob("seed[0-2].*"):
         shutil.copy(path, tmp_path / "q1/convnet")
     return tmp_path, options(tmp_path)
 
@@ -122,13 +122,10 @@ def test_the_overview_leaves_out_what_options_named(tmp_path):
     assert [run for run, _ in page.augmentations(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
 
 
-def test_every_link_leads_somewhere_and_the_readmes_stay_within_their_length():
+def test_every_link_leads_somewhere():
     for text in (ROOT / "README.md", COMMITTED / "README.md", *COMMITTED.glob("q*/README.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
             assert re.match("https?:", target) or (text.parent / unquote(target)).exists(), (text, target)
-    lengths = {path: 150 for path in COMMITTED.glob("q*/README.md")}
-    for path, lines in (lengths | {ROOT / "README.md": 100, COMMITTED / "README.md": 120}).items():
-        assert len(path.read_text().splitlines()) <= lines, path
 
 
 def test_from_two_files_a_seed_to_everything_else_and_again(q1):
@@ -141,7 +138,7 @@ def test_from_two_files_a_seed_to_everything_else_and_again(q1):
     assert {"README.md", "overview.png", "claims.png", "q1/README.md", "q1/claims.json"} < before.keys()
     assert {f"q1/convnet/{name}.png" for name in ("losses", "accuracy", "filters", "confusion")} < before.keys()
     text = before["q1/README.md"].decode()
-    assert "80.7 / 78.9" in text and "convnet_old" not in text
+    assert "| [ConvNet](convnet/) |" in text and "convnet_old" not in text
     assert before["README.md"].decode().count("| 1 | Without") == 1
     drawn = (root / "q1/convnet/filters.png").stat().st_mtime_ns
     page.update_pages(q1_convnet.QUESTION, args, q1_convnet.RUNS[0])

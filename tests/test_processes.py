@@ -9,11 +9,11 @@ import signal
 
 import pytest
 import torch
-from conftest import checkpoint, start, three_epochs
 
 import common
 import q1_convnet
 from common import Run, Settings, build, load_sample
+from conftest import checkpoint, start, three_epochs
 from parts import machine
 
 FIRST_STEPS, STEP_TOLERANCE = 10, 2e-3

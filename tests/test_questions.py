@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import folders, three_epochs
 
 import common
 import q1_convnet
@@ -14,6 +13,7 @@ import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
+from conftest import folders, three_epochs
 from parts.augment import HorizontalFlip
 
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
@@ -114,11 +114,10 @@ def test_replot_changes_nothing_and_list_says_done(finished, capsys, narrow):
 
 
 @pytest.mark.parametrize("question", QUESTIONS[1:], ids=lambda module: module.__name__)
-def test_every_question_trains_and_reports(question, quick, tmp_path, capsys):
+def test_every_question_trains_and_reports(question, quick, no_network, tmp_path, capsys):
     """Its last run, an epoch on a few images; in a thread, as a notebook may."""
     run = question.RUNS[-1].name
     options = ["--sample", "--epochs=1", "--device=cpu", "--figures=svg", "--only", run, *folders(tmp_path)]
-    options += ["--weights=none"] if question is q4_vgg_transfer else []
     thread = threading.Thread(target=question.main, args=(options,))
     thread.start()
     thread.join()
@@ -157,4 +156,5 @@ def test_tuning_sees_no_test_images(quick, small, tmp_path, monkeypatch):
     assert opened == [tmp_path]
     (path,) = (tmp_path / "out/q5_tuning").glob("*/seed0.json")
     assert json.loads(path.read_text())["settings"]["data"] == "cifar10-tuning"
-    assert "held-out training images" in (path.parents[1] / "README.md").read_text()
+    text = (path.parents[1] / "README.md").read_text()
+    assert "held-out training images" in text and "`python q5_modern_recipe.py --tune` trains" in text

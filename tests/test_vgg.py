@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import folders, make_narrow
 from torchvision.models import vgg11_bn
 
 import common
 import q4_vgg_transfer
 from common import Run, count_parameters
+from conftest import folders, make_narrow
 from parts.machine import UserError
 from q4_vgg_transfer import SCRATCH, VGG, VGG11, feature_tensors, features_if_frozen, find_weights, imagenet_weights
 
