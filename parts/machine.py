@@ -32,8 +32,8 @@ class UserError(Exception):
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
 
-    Also sets up this process for it; call before the first large tensor, and before
-    torch starts its threads, which take over how they treat subnormals.
+    Also sets up this process for it; call before the first large tensor, and before torch starts its threads, which
+    take over how they treat subnormals.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, there in available.items() if there]

@@ -55,7 +55,7 @@ class Result:
 
     @property
     def is_trial(self) -> bool:
-        """Did --epochs or --precision name it? It stands in its question's table, and tells of no other run."""
+        """Did --epochs or --precision name it? The overview and all intervals leave it out."""
         return len(split_name(self.run)) > 1
 
     @property
@@ -320,11 +320,8 @@ def steady_noise(runs: Iterable[Sequence[Result]], what: str) -> Noise | None:
     for results in runs:
         if results and results[0].is_steady and not results[0].is_trial:
             trainings.setdefault(results[0].training(), []).append(values(results, what))
-    groups = []
-    for readings in trainings.values():
-        seeds = max(map(len, readings))
-        groups.append(np.stack([reading for reading in readings if len(reading) == seeds]))
-    return pooled(groups)
+    most = {training: max(map(len, readings)) for training, readings in trainings.items()}
+    return pooled([r for r in readings if len(r) == most[training]] for training, readings in trainings.items())
 
 
 class Difference(NamedTuple):
@@ -430,7 +427,7 @@ NAMES = {  # what stands in a run's name -> what people read, one after the othe
 
 def split_name(run: str) -> list[str]:
     """The name of a declared run, and what --epochs and --precision appended to it."""
-    return re.split(r"_(?=\d+epochs|(?:fp32|bf16|fp16)$)", run)
+    return re.split(r"_(?=(?:\d+epochs(?:_(?:fp32|bf16|fp16))?|fp32|bf16|fp16)$)", run)
 
 
 def name_of(run: str) -> str:

@@ -113,7 +113,7 @@ def write_page(path, template: str, content: dict) -> None:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     for function in (distance, in_words, interval_in_words, name_of, values, with_deviation, np.median):
         environment.globals[function.__name__] = function
-    text = environment.get_template(template).render(**content, MADE_BY=MADE_BY, MARKS=MARKS)
+    text = environment.get_template(template).render(**content, MADE_BY=MADE_BY, MARKS=MARKS, WIDE=numbers.WIDE)
     figures.write_ours(path, (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode())
 
 
@@ -152,6 +152,7 @@ def question_content(question: Question, own: Results, results: Results, args: a
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
         "noise": noise,
+        "beside": [path for path in question.beside if path.split("/")[1] in results],
         "by_parts": [name_of(run) for run in by_parts],
     }
 
@@ -212,8 +213,8 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
 
 
 def report_cells(question: Question, run: str) -> tuple[str, str]:
-    """Test and validation accuracy as its text prints them; validation else, with a star, the best that its figure shows.
-    "-" where there is neither.
+    """Test and validation accuracy as the report prints them (see report.json); validation else, with a star, the best
+    that its figure shows. "-" where there is neither.
     """
     printed = numbers.reported(question.name, run)
     test, validation = (str(printed.get(what, "-")) for what in ("test", "validation"))

@@ -43,6 +43,7 @@ def test_the_narrowest_gap_counts_either_way():
     found = judge(narrowest_gap("narrow", "wide", "below"), results)
     assert found["runs"] == ["narrow", "below"] and found["mark"] == "holds"
     assert found["difference"] == pytest.approx(0.2) and found["unit"] == "in loss"
+    assert found["text"].endswith(" of narrow is than that of the best of the others, below")
     assert judge(narrowest_gap("below", "wide", "narrow"), results)["mark"] == "reversed"
 
 

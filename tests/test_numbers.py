@@ -118,15 +118,18 @@ def test_the_reports_rows_stand_in_order_and_once():
 def test_what_options_append_stands_apart_in_a_name():
     names = {"scratch_fp32": "VGG11_bn from scratch, fp32", "crop_flip_3epochs": "crop + flip, 3epochs"}
     names["frozen_my_file_0a1b2c3d"] = "frozen on my file 0a1b2c3d (a stand-in)"
+    names["frozen_vgg_30epochs_0a1b2c3d"] = "frozen on vgg 30epochs 0a1b2c3d (a stand-in)"
     names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
     assert {run: name_of(run) for run in names} == names
 
 
 def test_measures():
     curves = {"train_loss": [1.0, 0.5, 0.4], "validation_loss": [1.0, 0.8, 1.0], "validation_accuracy": [70, 75, 74]}
-    result = make(test=80, alike=81, curves=curves | {"augmented_validation_loss": [1, 1, 0.6]})
+    augmented = {"augmented_validation_loss": [1, 1, 0.6], "augmented_validation_accuracy": [69, 75, 72]}
+    result = make(test=80, alike=81, curves=curves | augmented)
     assert measure(result, "test") == 80 and measure(result, "alike") == 81 and measure(result, "validation") == 75
     assert measure(result, "gap") == pytest.approx(0.2) and measure(result, "narrowness") == pytest.approx(-0.2)
+    assert measure(result, "augmentation_adds") == -1
     assert measure(make(curves=curves), "rise") == pytest.approx(25)
     assert make(schedule="linear").weights == "last" and make().weights == "best"
 

@@ -15,6 +15,7 @@ import q4_vgg_transfer
 import q5_modern_recipe
 from conftest import folders, three_epochs
 from parts.augment import HorizontalFlip
+from parts.machine import UserError
 
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
 
@@ -114,7 +115,7 @@ def test_replot_changes_nothing_and_list_says_done(finished, capsys, narrow):
 
 
 @pytest.mark.parametrize("question", QUESTIONS[1:], ids=lambda module: module.__name__)
-def test_every_question_trains_and_reports(question, quick, no_network, tmp_path, capsys):
+def test_every_question_trains_and_reports(question, quick, tmp_path, capsys):
     """Its last run, an epoch on a few images; in a thread, as a notebook may."""
     run = question.RUNS[-1].name
     options = ["--sample", "--epochs=1", "--device=cpu", "--figures=svg", "--only", run, *folders(tmp_path)]
@@ -124,6 +125,19 @@ def test_every_question_trains_and_reports(question, quick, no_network, tmp_path
     (found,) = (tmp_path / "out/sample" / question.QUESTION.name).glob("*/seed0.json")
     assert found.parent.name == f"{run}_1epochs" and found.with_name("losses.svg").exists()
     assert f"page: {found.parents[1] / 'README.md'}" in capsys.readouterr().out
+
+
+def test_question_4_loads_torchvisions_weights_only_for_runs_that_need_them(quick, tmp_path, monkeypatch, capsys):
+    def load():
+        raise UserError("loaded")
+
+    monkeypatch.setattr(q4_vgg_transfer, "imagenet_weights", load)
+    options = ["--sample", "--epochs=1", "--device=cpu", *folders(tmp_path), "--only", "scratch"]
+    q4_vgg_transfer.main(options)
+    for more, message in (["scrtch", "did you mean scratch?"], ["finetune_imagenet", "loaded"]):
+        with pytest.raises(SystemExit):
+            q4_vgg_transfer.main([*options, more])
+        assert message in capsys.readouterr().err
 
 
 def test_preview_draws_every_augmentation_asked_for(tmp_path, capsys):
