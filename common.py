@@ -703,21 +703,11 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--only", nargs="+", action="extend", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
-    add(
-        "--epochs",
-        type=positive,
-        metavar="N",
-        help="instead of a run's own; its name gets them, and the overview and all intervals leave it out",
-    )
+    add("--epochs", type=positive, metavar="N", help="in place of a run's own; overview and intervals leave it out")
     add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto: the fastest here; others are as with --epochs",
-    )
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: what is fastest here")
     add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
     add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
     add("--figures", choices=("pdf", "svg"), help="write every figure in this format too")
