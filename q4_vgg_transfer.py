@@ -227,13 +227,17 @@ def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings)
 
 
 def figures(results: Results) -> dict[str, fig.Figure]:
-    """The validation curves of all runs in the same axes, and question 1's network; training loss of every step."""
+    """The validation curves of all runs in the same axes, the report's, and question 1's network; training loss of every
+    step.
+    """
     own = {run: found for run, found in results.items() if found[0].question == "q4"}
     heading = fig.title(next(iter(own.values()))[0], "VGG11_bn and question 1's network")
     figure, axes = fig.new_axes(heading, "validation accuracy (%)")
     for run, found in results.items():
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
         fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
+        if run in own:
+            fig.plot_reports_curves(axes, found[0], {"validation_accuracy": ":"})
     axes.legend(fontsize=8)
     trained = [found[0] for found in own.values() if found[0].settings["backbone"] == "trained"]
     return {"transfer.png": figure} | ({"steps.png": plot_steps(trained)} if trained else {})

@@ -44,6 +44,8 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     numbers.the_report()
     root = output_folder(args)
     folder = root / question.name
+    if args.replot and not folder.is_dir():
+        raise UserError(f"--replot: there are no results in {folder}; is it the folder they were written to?")
     written = [root / name for name in ("README.md", "overview.png", "claims.png")]
     written += [folder / name for name in ("README.md", "claims.json")]
     drawn = {run.name for run in (*question.runs, *runs)}

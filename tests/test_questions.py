@@ -44,6 +44,7 @@ BAD = [
     (q1_convnet, ["--only", "convnt"], "no such run; there are convnet; did you mean convnet?"),
     (q1_convnet, ["--device=cuda:99"], "--device cuda:99 is not there; on this machine:"),
     (q1_convnet, ["--output-dir="], "'' is no path: it is empty"),
+    (q1_convnet, ["--replot", "--output-dir=reslts"], "--replot: there are no results in reslts/q1"),
     (q3_augment_dropout, ["--dropout=0.99996"], "--dropout: must be a rate between 0 and 1"),
     (q3_augment_dropout, ["--preview", "--only", "dropout_0.1"], "none of these runs has an augmentation"),
     (q5_modern_recipe, ["--tune", "--sample"], "--tune needs all training images"),
