@@ -241,7 +241,7 @@ def print_convolutions(precision: str) -> None:
     print(f"{f'in {precision}, ms':<28}{pair:>18}{pair:>20}{pair:>20}")
     for shape in convolution_shapes():
         cells, chosen = [], rule.products(shape[2] ** 2)
-        if rule.is_winograd(shape[0]):
+        if 0 < rule.winograd <= shape[0]:
             chosen = (True, True, True)
         for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in both), chosen):
             stars = ("", "*") if star else ("*", "")

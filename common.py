@@ -96,14 +96,10 @@ class Settings:
         """The settings as JSON can hold them; an augmentation is its repr."""
         return vars(self) | {"augment": [repr(a) for a in self.augment], "mean": [*self.mean], "std": [*self.std]}
 
-    def shaping(self) -> dict:
-        """Those that shape the weights."""
-        return shaping(self.as_dict())
-
     def key(self) -> str:
         """Name of the checkpoint, from what is not at its default: a new field renames none."""
         defaults = Settings().as_dict()
-        named = {k: v for k, v in self.shaping().items() if v != defaults[k]}
+        named = {k: v for k, v in shaping(self.as_dict()).items() if v != defaults[k]}
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         return f"{self.network}-seed{self.seed}-{digest[:10]}"
 
@@ -147,9 +143,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
 
     def batch(
         self, index: Tensor, settings: Settings, rng: torch.Generator | None = None, part: slice = slice(None)
@@ -218,7 +211,7 @@ def load_sample() -> dict[str, Split]:
 
 def load_data(sample: bool, data_dir: Path | None, device: torch.device) -> dict[str, Split]:
     data = load_sample() if sample else load_cifar10(find_data_dir(data_dir))
-    return {part: split.to(device) for part, split in data.items()}
+    return {part: Split(split.images.to(device), split.labels.to(device)) for part, split in data.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- network
@@ -335,7 +328,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     settings, first = run.settings, first_logits(model, data["train"], run.settings)
     state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
     state.setdefault("first_logits", first)  # older checkpoints lack it, the defaults, and the scaler below
-    state["settings"] = settings.shaping() | state["settings"]
+    state["settings"] = shaping(settings.as_dict()) | state["settings"]
     history = state["history"]
     if stops_after(history, settings):
         return state
@@ -530,7 +523,7 @@ def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
 def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     """What a checkpoint holds before the first epoch. Every epoch adds to it:
 
-    settings, network         `Settings.shaping`; the printed network
+    settings, network         `shaping`; the printed network
     first_logits              what the fresh network puts out: see the function of that name
     environments              where the epochs were trained
     history                   one dict per epoch
@@ -539,7 +532,7 @@ def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     model, best               state dicts: the last weights, those of the best validation accuracy of all its epochs
     optimizer, scaler         state dicts: the optimiser's, the loss scale's (fp16)
     """
-    state = {"settings": settings.shaping(), "network": str(model), "environments": [], "history": []}
+    state = {"settings": shaping(settings.as_dict()), "network": str(model), "environments": [], "history": []}
     return state | {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
 
 
@@ -567,10 +560,6 @@ def note_environment(state: dict, model: nn.Module, device: torch.device, precis
         environments.append({**here, "from_epoch": len(state["history"])})
 
 
-def checkpoint_path(checkpoint_dir: Path, settings: Settings) -> Path:
-    return checkpoint_dir / f"{settings.key()}.pt"
-
-
 def save_checkpoint(path: Path, state: dict) -> None:
     """By the first process; the others wait."""
     if rank() == 0:
@@ -582,7 +571,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def other_settings(state: dict, settings: Settings) -> list[str]:
     """What a checkpoint was trained with in place of these settings: since then a default has been edited."""
-    old, asked = state["settings"], settings.shaping().items()
+    old, asked = state["settings"], shaping(settings.as_dict()).items()
     return [f"{name} {old[name]!r}, now {new!r}" for name, new in asked if old.get(name, new) != new]
 
 
@@ -774,7 +763,7 @@ def train_runs(
     machine.require_writable(args.checkpoint_dir)
     data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
-    paths = {checkpoint_path(args.checkpoint_dir, run.settings): run for run in runs}
+    paths = {args.checkpoint_dir / f"{run.settings.key()}.pt": run for run in runs}
     if args.fresh:
         put_aside(paths)
     hide = True if rank() else None  # None: without a terminal
@@ -783,7 +772,7 @@ def train_runs(
             model = build(run, device, network)
             load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
     for run in runs:
-        path = checkpoint_path(args.checkpoint_dir, run.settings)
+        path = args.checkpoint_dir / f"{run.settings.key()}.pt"
         with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
             barrier()
             model = build(run, device, network)
@@ -816,7 +805,7 @@ def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:
     width = max(len(run.name) for run in runs)
     for run in runs:
         result = output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
-        path = checkpoint_path(args.checkpoint_dir, run.settings)
+        path = args.checkpoint_dir / f"{run.settings.key()}.pt"
         state = run_state(path, run.settings, result.exists())
         say(f"{run.name:<{width}}  seed {run.settings.seed}  {run.settings.epochs:>3} epochs  {path.name}  {state}")
 

@@ -85,9 +85,8 @@ CLAIMS = [
 class VGG11(nn.Module):
     """torchvision's vgg11_bn without its average pooling and fully connected layers, and the report's head.
 
-    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`. The head starts
-    as PyTorch's layers do: with the exercise's N(0, 1e-3), which the report's code would give it from scratch, no loss
-    is above 2.30, and the report's Figure 33a begins at 2.4.
+    [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`. The head
+    starts as PyTorch's layers do (why: results/q4/findings.md).
     """
 
     def __init__(self, backbone: str = "trained"):
@@ -204,26 +203,26 @@ class FeatureSplit(Split):
 
 
 @torch.no_grad()
-def compute_features(model: VGG11, split: Split, settings: Settings, mirror: bool, name: str) -> FeatureSplit:
-    """Run the backbone once over `split` and, with `mirror`, over its mirror images."""
+def compute_features(model: VGG11, split: Split, settings: Settings, name: str) -> FeatureSplit:
+    """Run the backbone once over `split` and over its mirror images."""
     model.eval()
     device, features = split.labels.device, []
     batches = torch.arange(len(split)).split(settings.batch_size)
     for index in tqdm(batches, desc=f"features of the {name} images", disable=True if rank() else None):
         images, _ = split.batch(index, settings)
         with autocast(settings, device):
-            both = [model.features(x).flatten(1).float() for x in ([images, images.flip(3)] if mirror else [images])]
-        features.append(torch.stack(both, 1))  # [b, 1 or 2, 512]
+            both = [model.features(view).flatten(1).float() for view in (images, images.flip(3))]
+        features.append(torch.stack(both, 1))  # [b, 2, 512]
     return FeatureSplit(torch.cat(features), split.labels)
 
 
 def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
-    """What the loop is fed: of a backbone frozen in evaluation mode its features; test images are never mirrored. With
-    other augmentations than the mirror there are too many.
+    """What the loop is fed: of a backbone frozen in evaluation mode its features; with other augmentations than the
+    mirror there are too many.
     """
     if settings.backbone != "frozen" or settings.augment != (MIRROR,):
         return data
-    return {name: compute_features(model, split, settings, name != "test", name) for name, split in data.items()}
+    return {name: compute_features(model, split, settings, name) for name, split in data.items()}
 
 
 def figures(results: Results) -> dict[str, fig.Figure]:
@@ -231,8 +230,8 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     step.
     """
     own = {run: found for run, found in results.items() if found[0].question == "q4"}
-    heading = fig.title(next(iter(own.values()))[0], "VGG11_bn and question 1's network")
-    figure, axes = fig.new_axes(heading, "validation accuracy (%)")
+    first = next(iter(own.values()))[0]
+    figure, axes = fig.new_axes(first, "VGG11_bn and question 1's network", "validation accuracy (%)")
     for run, found in results.items():
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
         fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)

@@ -50,8 +50,7 @@ class RandomCrop:
     padding: int = 4
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        top, left = torch.randint(2 * self.padding + 1, (2, n), generator=rng)
-        return top, left
+        return torch.randint(2 * self.padding + 1, (2, n), generator=rng).unbind()
 
     def apply(self, images: Tensor, top: Tensor, left: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -70,8 +69,7 @@ class Cutout:
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         """Where in [0, 1) of all places the square lies, down and across."""
-        down, across = torch.rand(2, n, generator=rng)
-        return down, across
+        return torch.rand(2, n, generator=rng).unbind()
 
     def apply(self, images: Tensor, down: Tensor, across: Tensor) -> Tensor:
         rows, columns = (self._covered(place, length) for place, length in zip((down, across), images.shape[2:]))

@@ -22,10 +22,6 @@ class ConvolutionRule(NamedTuple):
     input_gradient: int = 0
     weight_gradient: int = 0
 
-    def is_winograd(self, channels: int) -> bool:
-        """For so many input channels?"""
-        return 0 < self.winograd <= channels
-
     def products(self, pixels: int) -> tuple[bool, ...]:
         """Which of the three are, for an output of so many pixels."""
         return tuple(pixels <= limit for limit in self[1:])
@@ -40,11 +36,8 @@ class ConvolutionRule(NamedTuple):
 
 @functools.cache
 def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
-    """oneDNN's float32 gradient of the weights takes two to three times as long as its forward pass; Winograd's algorithm
-    is worth its additions from 128 input channels on.
-
-    oneDNN's bfloat16 convolutions leave matrix units idle where the output is small; its backward-weights kernel for
-    AMX works row by row, and rows of 8 pixels fill a quarter of a tile.
+    """Why these limits: docs/speed.md. In AMX oneDNN's kernel for the gradient of the weights works row by row, and rows
+    of 8 pixels fill a quarter of a tile.
     """
     if device_type == "cpu" and dtype == torch.float32:
         return ConvolutionRule(winograd=128)
@@ -93,13 +86,12 @@ def winograd(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (outputs.contiguous() + bias).permute(0, 3, 1, 2)  # in memory [N, H, W, C_out]
 
 
-def image_patches(images: Tensor, size: int) -> Tensor:
-    """Every pixel's surroundings, zeros outside the image: [N, C, H, W] -> [N * H * W, size * size * C]."""
+def image_patches(images: Tensor) -> Tensor:
+    """Every pixel's 3 x 3 surroundings, zeros outside the image: [N, C, H, W] -> [N * H * W, 9 * C]."""
     n, channels, height, width = images.shape
-    edge = size // 2
-    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, edge, edge, edge, edge))  # [N, H + 2 edge, W + 2 edge, C]
-    patches = padded.unfold(1, size, 1).unfold(2, size, 1)  # [N, H, W, C, size, size]
-    return patches.permute(0, 1, 2, 4, 5, 3).reshape(n * height * width, size * size * channels)
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [N, H + 2, W + 2, C]
+    patches = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
+    return patches.permute(0, 1, 2, 4, 5, 3).reshape(n * height * width, 9 * channels)
 
 
 def as_images(pixels: Tensor, like: Tensor) -> Tensor:
@@ -109,41 +101,40 @@ def as_images(pixels: Tensor, like: Tensor) -> Tensor:
 
 
 class ConvolutionAsProduct(torch.autograd.Function):
-    """F.conv2d with stride 1 and padding K // 2 for an odd kernel size K, some results as one matrix product each:
-    products says it of the output, of the gradient of the input and of that of the weights.
+    """F.conv2d with padding 1 for kernels of 3 x 3, some results as one matrix product each: products says it of the
+    output, of the gradient of the input and of that of the weights.
 
-    apply(images [N, C_in, H, W], weight [C_out, C_in, K, K], bias [C_out], products) -> [N, C_out, H, W].
+    apply(images [N, C_in, H, W], weight [C_out, C_in, 3, 3], bias [C_out], products) -> [N, C_out, H, W].
     """
 
     @staticmethod
     def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, products: tuple[bool, ...]) -> Tensor:
         ctx.save_for_backward(images, weight)
         output, *ctx.products = products
-        size = weight.shape[-1]
         if not output:
-            return F.conv2d(images, weight, bias, padding=size // 2)
-        kernels = weight.permute(0, 2, 3, 1).flatten(1)  # [C_out, K * K * C_in]
-        return as_images(F.linear(image_patches(images, size), kernels, bias), images)
+            return F.conv2d(images, weight, bias, padding=1)
+        kernels = weight.permute(0, 2, 3, 1).flatten(1)  # [C_out, 9 * C_in]
+        return as_images(F.linear(image_patches(images), kernels, bias), images)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
-        size, channels = weight.shape[-1], weight.shape[1]
+        channels = weight.shape[1]
         by_input = by_weight = None
         input_product, weight_product = ctx.products
         wanted = [need and not product for need, product in zip(ctx.needs_input_grad, ctx.products)]
         if any(wanted):  # by PyTorch's kernels
             by_input, by_weight, _ = torch.ops.aten.convolution_backward(
-                gradient, images, weight, None, [1, 1], [size // 2] * 2, [1, 1], False, [0, 0], 1, [*wanted, False]
+                gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False]
             )
         pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [N * H * W, C_out]
         if ctx.needs_input_grad[0] and input_product:
-            kernels = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)  # [K * K * C_out, C_in]
-            by_input = as_images(image_patches(gradient, size) @ kernels, images)
+            kernels = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)  # [9 * C_out, C_in]
+            by_input = as_images(image_patches(gradient) @ kernels, images)
         if ctx.needs_input_grad[1] and weight_product:
-            kernels = pixels.T @ image_patches(images, size)  # [C_out, K * K * C_in]
-            by_weight = kernels.view(-1, size, size, channels).permute(0, 3, 1, 2)
+            kernels = pixels.T @ image_patches(images)  # [C_out, 9 * C_in]
+            by_weight = kernels.view(-1, 3, 3, channels).permute(0, 3, 1, 2)
         by_bias = pixels.sum(0) if ctx.needs_input_grad[2] else None
         return by_input, by_weight, by_bias, None
 
@@ -153,17 +144,14 @@ class Conv2d(nn.Conv2d):
     as `convolution_rule` says.
     """
 
-    def is_usual(self) -> bool:
-        shape = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups, self.padding_mode)
-        return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and self.bias is not None
-
     def forward(self, images: Tensor) -> Tensor:
-        if not self.is_usual():
+        shape = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups, self.padding_mode)
+        if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") or self.bias is None:
             return super().forward(images)
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         rule = convolution_rule(device, dtype)
-        if rule.is_winograd(self.in_channels):
+        if 0 < rule.winograd <= self.in_channels:
             return winograd(images, self.weight, self.bias)
         products = rule.products(images.shape[2] * images.shape[3])
         if not any(products):

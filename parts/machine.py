@@ -59,7 +59,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is `fastest_precision`. Raises UserError for bf16 where it would be emulated.
+    """`auto` is bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0,
+    the V100, and 7.5, the T4 and the RTX 20), with scaled losses; else fp32. Raises UserError for bf16 where it would be
+    emulated.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
@@ -71,14 +73,9 @@ def choose_precision(name: str, device: torch.device) -> str:
         native = capability >= (8, 0)
     if name == "bf16" and not native:
         raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
-    return fastest_precision(native and not slow, capability) if name == "auto" else name
-
-
-def fastest_precision(bf16_pays: bool, capability: tuple[int, int] | None = None) -> str:
-    """bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0, the V100,
-    and 7.5, the T4 and the RTX 20), with scaled losses; else fp32.
-    """
-    if bf16_pays:
+    if name != "auto":
+        return name
+    if native and not slow:
         return "bf16"
     return "fp16" if capability in ((7, 0), (7, 5)) else "fp32"
 
@@ -119,13 +116,11 @@ def keep_large_blocks() -> None:
     """Tell glibc's malloc to keep freed blocks. Else every step returns its activations to the kernel and back, and takes
     1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
     """
-    try:
+    with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # no glibc
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX of <malloc.h>
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-2, 256 * 2**20)  # M_TOP_PAD
+        mallopt(-4, 0)  # M_MMAP_MAX of <malloc.h>
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 256 * 2**20)  # M_TOP_PAD
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -290,26 +285,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint} (see --help)")
 
 
-OUT_OF_MEMORY = r"not enough memory|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc"
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Of the machine itself, not of its GPU."""
-    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
+    words = r"not enough memory|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """One line that says what to do, and the exit code; None for what is our own fault, which deserves a traceback."""
+def explain(error: BaseException) -> str | None:
+    """One line that says what to do; None for what is our own fault, which deserves a traceback."""
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; a training keeps its finished epochs, and the same command (without --fresh) goes on", 130
+        return "interrupted; a training keeps its finished epochs, and the same command (without --fresh) goes on"
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device", 2
+        return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device"
     if out_of_memory(error):
-        return f"there is not enough memory ({first_line(error)}): end what else runs on this machine", 2
+        return f"there is not enough memory ({first_line(error)}): end what else runs on this machine"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", 2
+        return f"{error.filename}: {error.strerror}"
     return None
 
 
@@ -332,9 +325,8 @@ def session(parser: Parser, argv: Sequence[str] | None = None) -> Iterator[tuple
         with processes(device):
             yield args, device
     except (Exception, KeyboardInterrupt) as error:
-        if (explained := explain(error)) is None:
+        if (line := explain(error)) is None:
             raise
-        line, code = explained
         who = f"{parser.prog}, process {os.environ['RANK']}" if "RANK" in os.environ else parser.prog
         say(f"{who}: {line}", error=True)
-        raise SystemExit(code) from None
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 SGD_MOMENTUM = 0.85  # Nesterov, both
 MUON_MOMENTUM = 0.6
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -18,7 +17,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T
-    a, b, c = COEFFICIENTS
+    a, b, c = 3.4445, -4.7750, 2.0315  # torch.optim.Muon's
     matrix = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = matrix @ matrix.T
