@@ -67,8 +67,8 @@ def figures(results: Results) -> dict[str, fig.Figure]:
 
 
 def plot_pair(results: Results, names: Sequence[str]) -> fig.Figure:
-    heading = fig.title(results[names[0]][0], "with and without batch norm")
-    figure, (losses, accuracies) = fig.new_panels(heading, ("cross entropy", "validation accuracy (%)"))
+    first, ylabels = results[names[0]][0], ("cross entropy", "validation accuracy (%)")
+    figure, (losses, accuracies) = fig.new_panels(first, "with and without batch norm", ylabels)
     for name in names:
         color = COLORS[name]
         fig.plot_curve(losses, results[name], "train_loss", f"{name_of(name)}: training", color=color, linestyle="--")
@@ -89,7 +89,7 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
         "the weights it restores (dot), the best validation accuracy of all epochs (ring)"
     )
     ylabels = ("validation loss (cross entropy)", "validation accuracy (%)")
-    figure, panels = fig.new_panels(fig.title(first, heading), ylabels)
+    figure, panels = fig.new_panels(first, heading, ylabels)
     for axes, curve in zip(panels, ("validation_loss", "validation_accuracy")):
         for row, (network, whole) in enumerate(full.items()):
             color, best = COLORS[network], whole.best_epoch
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patience", type=positive, nargs="+", action="extend", default=[], metavar="N", help=more)
     with session(parser, argv) as (args, device):
         asked = [stopped(network, patience) for patience in args.patience for network in COLORS]
-        runs = select_runs([*RUNS, *(run for run in asked if run not in RUNS)], args, device)
+        runs = select_runs([*RUNS, *asked], args, device)
         check_pages(QUESTION, runs, args)
         for run in train_runs(QUESTION.name, runs, args, device):
             update_pages(QUESTION, args, run)

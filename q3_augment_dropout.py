@@ -150,8 +150,7 @@ def plot_augmentations(results: Results) -> fig.Figure:
 
 def plot_dropout(results: Results, rates: dict[float, list[Result]]) -> fig.Figure:
     """Validation accuracy over epochs for all dropout rates: the report's Figures 27 to 29 in one."""
-    heading = fig.title(rates[min(rates)][0], "dropout before the pooling")
-    figure, axes = fig.new_axes(heading, "validation accuracy (%)")
+    figure, axes = fig.new_axes(rates[min(rates)][0], "dropout before the pooling", "validation accuracy (%)")
     runs = {0.0: results["baseline_20"]} | rates if "baseline_20" in results else rates
     for (p, found), color in zip(runs.items(), fig.shades(len(runs))):
         label = f"{p:g} (loss gap {mean(found, 'gap'):+.2f})"
@@ -163,7 +162,7 @@ def plot_dropout(results: Results, rates: dict[float, list[Result]]) -> fig.Figu
 def plot_bars(rates: dict[float, list[Result]]) -> fig.Figure:
     """The report's Figure 30: best validation accuracy of every rate, as bars."""
     first = rates[min(rates)][0]
-    figure, axes = fig.new_axes(fig.title(first, "the report's Figure 30"), "best validation accuracy (%)")
+    figure, axes = fig.new_axes(first, "the report's Figure 30", "best validation accuracy (%)")
     ours = {p: mean(found, "validation") for p, found in rates.items()}
     axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
     for theirs in [] if first.is_sample else figures_of("dropout"):
@@ -180,7 +179,7 @@ def plot_sweep(runs: dict[float, list[Result]], heading: str, xlabel: str, basel
     """
     first = runs[min(runs)][0]
     ylabels = ("test accuracy (%)", "loss gap in the last epoch, augmented alike:\nvalidation − training")
-    figure, panels = fig.new_panels(fig.title(first, heading), ylabels, xlabel)
+    figure, panels = fig.new_panels(first, heading, ylabels, xlabel)
     for axes, what, of in zip(panels, ("test", "gap"), (", best weights, all images: a dot per seed", "")):
         plot_rates(axes, runs, what, color="tab:blue", label=f"ours{of}")
         if after_pool:
@@ -264,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     more = "further dropout rates to run"
     parser.add_argument("--dropout", type=rate, nargs="+", action="extend", default=[], metavar="P", help=more)
     with session(parser, argv) as (args, device):
-        runs = select_runs([*RUNS, *(dropout_run(p) for p in args.dropout if p not in RATES)], args, device)
+        runs = select_runs([*RUNS, *map(dropout_run, args.dropout)], args, device)
         if args.preview:
             return preview_runs(runs, args)
         check_pages(QUESTION, runs, args)

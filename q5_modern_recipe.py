@@ -90,7 +90,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
         return {}
     first = results[timed[0]][0]
     machine = first.environments[-1]["device"]
-    figure, axes = fig.new_axes(fig.title(first, f"accuracy over time, on {machine}"), "accuracy (%)")
+    figure, axes = fig.new_axes(first, f"accuracy over time, on {machine}", "accuracy (%)")
     for run in timed:  # another machine's minutes are not comparable
         if found := [r for r in results[run] if {e["device"] for e in r.environments} == {machine}]:
             plot_over_minutes(axes, run, found)

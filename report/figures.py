@@ -65,20 +65,20 @@ def style_axes(axes, ylabel: str, xlabel: str = "epoch") -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def new_axes(heading: str, ylabel: str):
-    """A figure with one set of axes over epochs; returns both."""
+def new_axes(result: Result, text: str, ylabel: str):
+    """A figure with one set of axes over epochs, headed by `title`; returns both."""
     figure = Figure(figsize=(7.5, 4.5))
-    axes = figure.add_subplot(title=textwrap.fill(heading, 64))
+    axes = figure.add_subplot(title=textwrap.fill(title(result, text), 64))
     style_axes(axes, ylabel)
     return figure, axes
 
 
-def new_panels(heading: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
-    """A figure with two panels; returns it and both axes."""
+def new_panels(result: Result, text: str, ylabels: tuple[str, str], xlabel: str = "epoch"):
+    """A figure with two panels, headed by `title`; returns it and both axes."""
     figure, panels = new_grid(1, 2, (7, 4.8))
     for axes, ylabel in zip(panels, ylabels):
         style_axes(axes, ylabel, xlabel)
-    figure.suptitle(heading)
+    figure.suptitle(title(result, text))
     return figure, panels
 
 
@@ -141,7 +141,7 @@ def plot_augmented(axes, found: Sequence[Result], curve: str) -> None:
 
 def plot_losses(found: Sequence[Result]) -> Figure:
     """Training and validation loss over epochs, all seeds, beside the report's curves."""
-    figure, axes = new_axes(title(found[0], f"{name_of(found[0].run)}, loss"), "cross entropy")
+    figure, axes = new_axes(found[0], f"{name_of(found[0].run)}, loss", "cross entropy")
     plot_loss_curves(axes, found)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
@@ -150,7 +150,7 @@ def plot_losses(found: Sequence[Result]) -> Figure:
 
 def plot_accuracy(found: Sequence[Result]) -> Figure:
     """Validation accuracy over epochs, every seed's best epoch marked, beside the report's curves."""
-    figure, axes = new_axes(title(found[0], f"{name_of(found[0].run)}, validation accuracy"), "accuracy (%)")
+    figure, axes = new_axes(found[0], f"{name_of(found[0].run)}, validation accuracy", "accuracy (%)")
     plot_curve(axes, found, "validation_accuracy", "validation", color="tab:orange")
     plot_augmented(axes, found, "augmented_validation_accuracy")
     for result in found:
@@ -204,7 +204,9 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     """A line per test accuracy of the report: its number, ours measured alike, where one more seed of ours would fall."""
     lines = {}  # headings and rows, from top to bottom
     for row in rows:
-        lines |= {heading_of(row): None, name_of(row.run): row}
+        part = ": dropout" if row.run.startswith("dropout") else ": augmentation"
+        heading = f"question {row.question[1:]}" + (part if row.question == "q3" else "")
+        lines |= {heading: None, name_of(row.run): row}
     figure = Figure(figsize=(9.6, 0.255 * len(lines) + 1.2))
     axes = figure.add_subplot(xlabel=f"test accuracy (%); the scale changes at {SCALE[0][1]}")
     axes.set_xscale("function", functions=(lambda x: np.interp(x, *SCALE), lambda y: np.interp(y, *SCALE[::-1])))
@@ -224,11 +226,6 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.89)}
     figure.legend(unique.values(), unique.keys(), **place, ncols=2, frameon=False)
     return figure
-
-
-def heading_of(row: ReportRow) -> str:
-    part = "dropout" if row.run.startswith("dropout") else "augmentation"
-    return f"question {row.question[1:]}" + (f": {part}" if row.question == "q3" else "")
 
 
 def verdict_of(row: ReportRow) -> tuple[str, str]:

@@ -249,11 +249,6 @@ def gap(result: Result) -> float:
     return result.as_the_report("validation_loss")[-1] - result.curves["train_loss"][-1]
 
 
-def augmentation_adds(result: Result) -> float:
-    """Points of validation accuracy, mean over epochs: on augmented images - on plain ones."""
-    return (result.as_the_report("validation_accuracy") - result.curves["validation_accuracy"]).mean()
-
-
 def rise(result: Result) -> float:
     """Percent by which the validation loss ends above its lowest value."""
     loss = result.as_the_report("validation_loss")
@@ -267,7 +262,8 @@ MEASURES = {  # numbers of one training
     "alike_validation": lambda result: result.as_the_report("validation_accuracy").max(),
     "restored": lambda result: result.tests["best", "all_images"] - result.tests["last", "all_images"],
     "easier": lambda result: result.tests["last", "report_images"] - result.tests["last", "all_images"],
-    "augmentation_adds": augmentation_adds,
+    # points of validation accuracy, mean over epochs: on augmented images - on plain ones
+    "augmentation_adds": lambda r: (r.as_the_report("validation_accuracy") - r.curves["validation_accuracy"]).mean(),
     "gap": gap,
     "narrowness": lambda result: -abs(gap(result)),  # how near to zero the gap is
     "rise": rise,

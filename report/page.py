@@ -105,7 +105,12 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
         shown = list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES]
         content = question_content(question, own, results, args) | {"claims": claims, "figures": shown}
         write_page(folder / "README.md", "question.md.jinja", content)
-        write_overview(root, args)
+        overview = overview_content(root, args.sample)
+        if not args.sample:
+            save_figure(figures.plot_overview(overview["rows"]), root / "overview.png", args.figures)
+        if overview.get("claims"):
+            save_figure(figures.plot_claims(overview["claims"]), root / "claims.png", args.figures)
+        write_page(root / "README.md", "overview.md.jinja", overview)
     return content
 
 
@@ -174,26 +179,23 @@ HEAD = (
 
 def run_table(question: Question, own: Results, noise: Noise | None, sample: bool) -> list[list[str]]:
     """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report."""
-    table = [list(HEAD)]
-    for run in dict.fromkeys([*(run.name for run in question.runs), *own]):
-        if run in own:
-            table.append(run_row(question, run, own, noise))
-        elif not sample:
-            test, validation = report_cells(question, run)
-            table.append([name_of(run), "not run", f"{test} / -", f"{validation} / -", *["-"] * 5])
+    runs = dict.fromkeys([*(run.name for run in question.runs), *own])
+    table = [list(HEAD), *(run_row(question, run, own, noise) for run in runs if run in own or not sample)]
     if sample:  # without the report's columns
         return [[*row[:2], *row[4:7], row[8]] for row in table]
     return table
 
 
 def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> list[str]:
+    test, validation = report_cells(question, run)
+    if run not in own:
+        return [name_of(run), "not run", f"{test} / -", f"{validation} / -", *["-"] * 5]
     found = own[run]
     seeds = ", ".join(f"{result.best_epoch}/{result.epochs}" for result in found)
     if [result.seed for result in found] != [*range(len(found))]:
         seeds += f" (seed {', '.join(str(result.seed) for result in found)})"
     if len(precisions := {result.settings["precision"] for result in found}) > 1:
         seeds += f" ({', '.join(sorted(precisions))})"
-    test, validation = report_cells(question, run)
     epochs = found[0].settings["epochs"]
     baselines = [own[name] for name in question.baselines if name in own and own[name][0].settings["epochs"] == epochs]
     against = "-"
@@ -307,16 +309,6 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
     return content | augmentations(questions["q3"]) | habits(questions)
 
 
-def write_overview(root, args: argparse.Namespace) -> None:
-    """README.md of all questions, and its pictures."""
-    content = overview_content(root, args.sample)
-    if not args.sample:
-        save_figure(figures.plot_overview(content["rows"]), root / "overview.png", args.figures)
-    if content.get("claims"):
-        save_figure(figures.plot_claims(content["claims"]), root / "claims.png", args.figures)
-    write_page(root / "README.md", "overview.md.jinja", content)
-
-
 def augmentations(q3: Results) -> dict:
     """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
@@ -337,11 +329,6 @@ def habits(questions: dict[str, Results]) -> dict:
     """What tells what the report's ways of measuring are worth: the readings of its questions' trainings, those that
     several questions share once, and those that stopped early apart.
     """
-    readings, stopped = {}, []
-    for results in questions.values():
-        for result in chain(*results.values()):
-            if result.settings["patience"]:
-                stopped.append(result)
-            else:
-                readings[result.training(), result.settings["epochs"], result.seed] = result
-    return {"readings": list(readings.values()), "stopped": stopped}
+    every = [result for results in questions.values() for result in chain(*results.values())]
+    readings = {(r.training(), r.settings["epochs"], r.seed): r for r in every if not r.settings["patience"]}
+    return {"readings": list(readings.values()), "stopped": [r for r in every if r.settings["patience"]]}

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def quick(narrow, small, monkeypatch):
     """A narrow network, and a few images in place of the sample and of CIFAR-10."""
     monkeypatch.setattr(common, "load_sample", lambda: small)
     monkeypatch.setattr(common, "load_cifar10", lambda _: small)
+
+
+@pytest.fixture
+def q1(tmp_path):
+    """A copy of question 1's committed results, of three seeds, without pictures and pages."""
+    others = shutil.ignore_patterns("*.png", "*.md", "claims.json", "seed[!0-2]*")
+    shutil.copytree(ROOT / "results/q1", tmp_path / "q1", ignore=others)
+    return tmp_path / "q1"
 
 
 @pytest.fixture

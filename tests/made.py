@@ -8,13 +8,11 @@ from common import Settings
 from report.numbers import Result
 
 
-def make(
-    run="convnet", seed=0, test=80.0, alike=None, validation=None, question="q1", curves=None, **settings
-) -> Result:
+def make(run="convnet", seed=0, test=80.0, alike=None, question="q1", curves=None, **settings) -> Result:
     """A result with these accuracies, of two epochs unless `curves` says more."""
-    alike, validation = (test if value is None else value for value in (alike, validation))
+    alike = test if alike is None else alike
     losses = {"train_loss": [1.0, 0.5], "validation_loss": [1.1, 0.9]}
-    accuracies = {"validation_accuracy": [validation - 1, validation], "seconds": [1.0, 1.0]}
+    accuracies = {"validation_accuracy": [test - 1, test], "seconds": [1.0, 1.0]}
     curves = losses | accuracies | (curves or {})
     curves = {name: np.array(values, float) for name, values in curves.items()}
     tests = {(w, i): v for w in ("best", "last") for i, v in (("all_images", test), ("report_images", alike))}

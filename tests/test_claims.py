@@ -24,13 +24,6 @@ def test_marks(part, mark):
     assert judge(part, LEVEL)["mark"] == mark
 
 
-def test_a_run_is_weighed_against_the_best_of_the_others():
-    tests = {"first": 84, "second": 82, "third": 83}
-    results = {run: seeds(run, [test, test + 0.1], batch_size=test) for run, test in tests.items()}
-    found = judge(better("first", "second", "third"), results)
-    assert found["runs"] == ["first", "third"] and found["difference"] == 1.0 and found["mark"] == "holds"
-
-
 def with_losses(run, training, lasts, **settings):
     """A seed for each of the last validation losses; the lowest is 1."""
     curves = [{"train_loss": [1, training], "validation_loss": [1, last]} for last in lasts]

@@ -28,15 +28,6 @@ def options(folder: Path, *more: str) -> Namespace:
     return make_parser("").parse_args([f"--output-dir={folder}", *more])
 
 
-@pytest.fixture
-def q1(tmp_path):
-    """Question 1's committed results alone, without pictures and pages; and the options that find them."""
-    (tmp_path / "q1/convnet").mkdir(parents=True)
-    for path in (COMMITTED / "q1/convnet").glob("seed[0-2].*"):
-        shutil.copy(path, tmp_path / "q1/convnet")
-    return tmp_path, options(tmp_path)
-
-
 def check(question: page.Question, args: Namespace) -> None:
     page.check_pages(question, select_runs(question.runs, args, torch.device("cpu")), args)
 
@@ -50,7 +41,7 @@ def test_figures_are_the_same_every_time_and_replace_nothing_that_is_not_ours(tm
     contents, path = [], tmp_path / "a.png"
     for _ in range(2):  # the second is written over the first
         with figures.plain_style():
-            figure, axes = figures.new_axes("heading", "loss")
+            figure, axes = figures.new_axes(make(), "heading", "loss")
             axes.plot([1, 2], [1, 2])
             figures.save_figure(figure, path, kind, "stamp1")
         contents.append(files(tmp_path))
@@ -128,12 +119,13 @@ def test_every_link_leads_somewhere():
             assert re.match("https?:", target) or (text.parent / unquote(target)).exists(), (text, target)
 
 
-def test_from_two_files_a_seed_to_everything_else_and_again(q1):
+def test_from_two_files_a_seed_to_everything_else_and_again(q1, capsys):
     """Nothing is drawn twice; backups change nothing; a figure of other results is drawn again."""
-    root, args = q1
+    root, args = q1.parent, options(q1.parent)
     shutil.copytree(root / "q1", root / "q1_before")
     shutil.copytree(root / "q1/convnet", root / "q1/convnet_old")
     page.finish_pages(q1_convnet.QUESTION, args)
+    assert f"{root / 'q1/convnet_old'} holds results of q1's convnet, a copy: not counted" in capsys.readouterr().err
     before = files(root)
     assert {"README.md", "overview.png", "claims.png", "q1/README.md", "q1/claims.json"} < before.keys()
     assert {f"q1/convnet/{name}.png" for name in ("losses", "accuracy", "filters", "confusion")} < before.keys()
@@ -150,7 +142,7 @@ def test_from_two_files_a_seed_to_everything_else_and_again(q1):
 
 
 def test_somebody_elses_file_is_found_before_the_training(q1):
-    root, args = q1
+    root, args = q1.parent, options(q1.parent)
     for name in ("README.md", "q1/README.md", "q1/claims.json", "overview.png", "q1/convnet/losses.png"):
         (root / name).write_bytes(b"somebody's")
         with pytest.raises(UserError, match=f"{root / name} was not written by these scripts"):
@@ -159,7 +151,7 @@ def test_somebody_elses_file_is_found_before_the_training(q1):
 
 
 def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1, monkeypatch, capsys):
-    root, args = q1
+    root, args = q1.parent, options(q1.parent)
     monkeypatch.setattr(figures, "RUN_FIGURES", {})
     for run in ("q5/strong", "q3/crop"):
         shutil.copytree(COMMITTED / run, root / run)
@@ -182,7 +174,7 @@ def test_damage_of_another_question_is_found_before_and_does_not_end_a_sweep(q1,
 
 
 def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
-    root, _ = q1
+    root = q1.parent
     runs = [Run(name, Settings(learning_rate=0.1)) for name in ("convnet", "other")]
     edited = replace(q1_convnet.QUESTION, runs=runs)
     check(edited, options(root, "--seeds=3"))  # all of them are about to be replaced
