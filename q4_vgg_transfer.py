@@ -177,8 +177,8 @@ def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
     most = max(found, key=len, default={})
     there = f"{', '.join(list(most)[:3])}, ... ({len(most)} tensors)" if most else "no tensors"
     raise UserError(
-        f"--weights {source}: vgg11_bn's {len(expected)} feature tensors (features.{start}, ...), of their shapes, are not "
-        f"among {there}; give a state dict of torchvision's vgg11_bn or of its features"
+        f"--weights {source}: vgg11_bn's {len(expected)} feature tensors (features.{start}, ...), of their shapes, are "
+        f"not among {there}; give a state dict of torchvision's vgg11_bn or of its features"
     )
 
 
@@ -226,9 +226,7 @@ def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings)
 
 
 def figures(results: Results) -> dict[str, fig.Figure]:
-    """The validation curves of all runs in the same axes, the report's, and question 1's network; training loss of every
-    step.
-    """
+    """The validation curves of all runs in the same axes, the report's and question 1's; training loss by step."""
     own = {run: found for run, found in results.items() if found[0].question == "q4"}
     first = next(iter(own.values()))[0]
     figure, axes = fig.new_axes(first, "VGG11_bn and question 1's network", "validation accuracy (%)")
@@ -243,7 +241,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
 
 
 def plot_steps(trained: Sequence[Result]) -> fig.Figure:
-    """The report's Figures 32a and 33a: training loss of every step; the report's epoch means in the middle of epochs."""
+    """The report's Figures 32a and 33a: training loss of every step; its epoch means in the middle of epochs."""
     figure, panels = fig.new_grid(1, len(trained), (7, 4.5), sharey=True)
     for axes, result in zip(panels, trained):
         losses = read_arrays(result)["step_losses"]  # [epochs, steps]

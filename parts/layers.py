@@ -36,8 +36,8 @@ class ConvolutionRule(NamedTuple):
 
 @functools.cache
 def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
-    """Why these limits: docs/speed.md. In AMX oneDNN's kernel for the gradient of the weights works row by row, and rows
-    of 8 pixels fill a quarter of a tile.
+    """Why these limits: docs/speed.md. In AMX oneDNN's kernel for the gradient of the weights works row by row, and
+    rows of 8 pixels fill a quarter of a tile.
     """
     if device_type == "cpu" and dtype == torch.float32:
         return ConvolutionRule(winograd=128)
@@ -140,8 +140,8 @@ class ConvolutionAsProduct(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d; on CPUs, those that are as the convolutions of ConvNet and of VGG11_bn, 3 x 3 with a bias, are computed
-    as `convolution_rule` says.
+    """nn.Conv2d; on CPUs, those that are as the convolutions of ConvNet and of VGG11_bn, 3 x 3 with a bias, are
+    computed as `convolution_rule` says.
     """
 
     def forward(self, images: Tensor) -> Tensor:

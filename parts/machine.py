@@ -60,8 +60,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0,
-    the V100, and 7.5, the T4 and the RTX 20), with scaled losses; else fp32. Raises UserError for bf16 where it would be
-    emulated.
+    the V100, and 7.5, the T4 and the RTX 20), with scaled losses; else fp32. Raises UserError for bf16 where it would
+    be emulated.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
@@ -113,8 +113,8 @@ def announce(what: str, device: torch.device, precision: str) -> None:
 
 
 def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed blocks. Else every step returns its activations to the kernel and back, and takes
-    1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
+    """Tell glibc's malloc to keep freed blocks. Else every step returns its activations to the kernel and back, and
+    takes 1.3 to 1.6 times as long (ConvNet, AMD EPYC, Zen 3, float32).
     """
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -156,7 +156,8 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes.
 
     Told to look for unused parameters, it keeps its gradients in the order of the first step; else it orders them anew
-    after every start, and a training that goes on rounds otherwise (from three processes on). It warns that there are none.
+    after every start, and a training that goes on rounds otherwise (from three processes on). It warns that there are
+    none.
     """
     if world_size() == 1:
         return model

@@ -61,8 +61,8 @@ class Claim:
 
 
 def mark_of(found: Difference, zone: tuple[float, float]) -> str:
-    """Told by the 95 % interval, against the zone: inside, outside, or neither; there is none where nothing tells how far
-    seeds lie apart.
+    """Told by the 95 % interval, against the zone: inside, outside, or neither. There is none where nothing tells how
+    far seeds lie apart.
     """
     if found.half is None:
         return "cannot be told"

@@ -201,7 +201,7 @@ SCALE = (0, 60, 100), (0, 0.27, 1)  # percent, and how far to the right of the o
 
 
 def plot_overview(rows: Sequence[ReportRow]) -> Figure:
-    """A line per test accuracy of the report: its number, ours measured alike, where one more seed of ours would fall."""
+    """A line per test accuracy of the report: its number, ours measured alike, where one more of ours would fall."""
     lines = {}  # headings and rows, from top to bottom
     for row in rows:
         part = ": dropout" if row.run.startswith("dropout") else ": augmentation"

@@ -115,8 +115,8 @@ def read_run(folder: Path, sample: bool = False, replaced: Collection[Path] = ()
     """A run's results, one per seed, but for those that are about to be replaced; none where the folder is a copy of
     another run's.
 
-    Raises UserError where one is damaged, where they disagree in a setting, or where not all are of the sample (`sample`)
-    or of CIFAR-10 (else).
+    Raises UserError where one is damaged, where they disagree in a setting, or where not all are of the sample
+    (`sample`) or of CIFAR-10 (else).
     """
     paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
     found = [result for result in map(read_result, paths) if result.path not in replaced]
@@ -145,9 +145,9 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
 
 
 def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Collection[Path] = ()) -> Results:
-    """The results of a question's declared runs, in order, then of runs whose names its options made; but for those that
-    are about to be replaced. Raises UserError where results cannot be read, or where their settings are not those of
-    their run.
+    """The results of a question's declared runs, in order, then of runs whose names its options made; but for those
+    that are about to be replaced. Raises UserError where results cannot be read, or where their settings are not
+    those of their run.
     """
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
     results = {}
@@ -213,7 +213,7 @@ def the_report() -> dict:
 
 
 def reported(question: str, run: str) -> dict:
-    """The percentages the report prints for a run: `validation`, of the best epoch, and `test`; empty where it has none."""
+    """The percentages the report prints for a run: `validation`, of the best epoch, and `test`; empty without any."""
     return the_report()["numbers"].get(question, {}).get(run, {})
 
 
@@ -301,8 +301,8 @@ class Noise(NamedTuple):
 
 
 def pooled(groups: Iterable[np.ndarray]) -> Noise | None:
-    """Over groups of equal variance, [seeds] or [readings, seeds] each; of readings of the same seeds the mean variance.
-    None where no group has several seeds.
+    """Over groups of equal variance, [seeds] or [readings, seeds] each; of readings of the same seeds the mean
+    variance. None where no group has several seeds.
     """
     groups = [np.atleast_2d(group) for group in groups]
     df = sum(group.shape[1] - 1 for group in groups)

@@ -1,4 +1,4 @@
-"""The augmentations of batches against torchvision's: the same images from the same parameters, drawn for each image."""
+"""The augmentations of batches against torchvision's: the same images from the same parameters, drawn per image."""
 
 import dataclasses
 import itertools

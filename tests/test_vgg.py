@@ -1,4 +1,4 @@
-"""Question 4: the network (narrow where its width does not matter), cached features, and weights as people save them."""
+"""Question 4: the network (narrow where its width does not matter), cached features, weights as people save them."""
 
 import dataclasses
 import hashlib
