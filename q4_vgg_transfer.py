@@ -31,7 +31,7 @@ import report.figures as fig
 from common import Run, Settings, Split, autocast, make_parser, select_runs, train_runs
 from parts.augment import HorizontalFlip
 from parts.layers import convert
-from parts.machine import UserError, expand, first_line, rank, session
+from parts.machine import UserError, expand, file_lock, first_line, rank, session
 from report.claims import Claim, better
 from report.numbers import Result, Results, figures_of, name_of, read_arrays
 from report.page import Question, check_pages, finish_pages, update_pages
@@ -138,7 +138,8 @@ def imagenet_weights() -> dict:
     """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
     try:
-        tensors = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
+        with file_lock(cached.with_suffix(".lock")):  # one process downloads them
+            tensors = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
         if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(cached.stem.split("-")[1]):
             raise ValueError("its SHA-256 is another")
         return tensors
@@ -163,12 +164,14 @@ def read_weights(content: bytes, path: Path):
 
 def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
     """The tensors of vgg11_bn's features by their names there, wherever they are in what people save: as it is or
-    under "state_dict", "net", "model", ...; behind any prefix ("module.", "features.", "_orig_mod.backbone.").
+    under "state_dict", "net", "model", ...; behind any prefix ("module.", "features.", "_orig_mod.backbone."). Without
+    how many batches batch norm has seen: nothing reads it.
 
     Raises UserError where they are not there.
     """
-    with torch.device("meta"):  # only the shapes
-        expected = {name: tensor.shape for name, tensor in vgg11_bn().features.state_dict().items()}
+    with torch.device("meta"):  # only the shapes; torchvision's own file is older than batch norm's counters
+        tensors = vgg11_bn().features.state_dict()
+    expected = {name: tensor.shape for name, tensor in tensors.items() if "num_batches" not in name}
     start, found = next(iter(expected)), tensor_dicts(loaded)
     for tensors in found:
         for prefix in [name.removesuffix(start) for name in tensors if f".{name}".endswith(f".{start}")]:
@@ -271,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "imagenet (default: torchvision's, 500 MB to download), a file with a state dict, or none"
     parser.add_argument("--weights", default="imagenet", metavar="WHAT", help=what)
     with session(parser, argv) as (args, device):
-        runs, weights = find_weights("imagenet" if args.replot else args.weights)
+        runs, weights = find_weights(args.weights)
         runs = select_runs(runs, args, device)
         check_pages(QUESTION, runs, args)
         wanted = any(run.settings.weights != "none" for run in runs)

@@ -59,7 +59,7 @@ def test_the_network_from_scratch_is_torchvisions_and_a_frozen_one_trains_its_he
     model = VGG11()
     torch.manual_seed(5)
     ours, theirs = model.features.state_dict(), feature_tensors(vgg11_bn().state_dict(), "torchvision")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10) and count_parameters(model) == HEAD + 9_225_984
     with torch.device("meta"):
         assert count_parameters(VGG11("frozen")) == count_parameters(VGG11("frozen, training mode")) == HEAD
@@ -83,8 +83,9 @@ def test_what_moves_in_the_backbone(weights, small, tmp_path, backbone):
     prepare = None if backbone == "frozen" else features_if_frozen
     after = trained(run, weights, small, tmp_path, prepare)["model"]
     moved = {name for name in fresh if not torch.equal(after[name], fresh[name])}
-    statistics = {name for name in weights if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
-    expected = {"frozen": set(), "frozen, training mode": statistics, "trained": weights.keys()}[backbone]
+    names = {name.removeprefix("features.") for name in fresh if name.startswith("features.")}
+    statistics = {name for name in names if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    expected = {"frozen": set(), "frozen, training mode": statistics, "trained": names}[backbone]
     assert {name.removeprefix("features.") for name in moved if name.startswith("features.")} == expected
     assert {"head.0.weight", "head.1.running_mean"} <= moved
     images, _ = small["train"].batch(torch.arange(50), run.settings)
@@ -117,6 +118,7 @@ FORMS = {  # as people save them
     "of the features alone": lambda s: {name.removeprefix("features."): tensor for name, tensor in s.items()},
     "under net, prefixed": lambda s: {"net": {f"_orig_mod.module.{name}": t for name, t in s.items()}, "epoch": 9},
     "under model, with an optimiser": lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "without counters, as torchvision's file": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     "with numbers of NumPy": lambda s: {"state_dict": s, "best": np.float64(0.9), "n": np.int64(3)},
 }
 
