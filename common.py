@@ -19,7 +19,7 @@ import time
 import zipfile
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,8 +85,9 @@ class Settings:
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
     def __post_init__(self) -> None:
-        if not all(map(is_dataclass, self.augment)):
-            raise ValueError(f"{self.augment}: make it a frozen dataclass; its repr names the checkpoint")
+        for augmentation in self.augment:
+            if isinstance(augmentation, type) or not is_dataclass(augmentation) or augmentation.__hash__ is None:
+                raise ValueError(f"{augmentation}: make it a frozen dataclass; its repr names the checkpoint")
         for field in fields(self):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -710,6 +711,11 @@ def output_folder(args: Namespace) -> Path:
     return args.output_dir / "sample" if args.sample else args.output_dir
 
 
+def results_lock(args: Namespace) -> AbstractContextManager:
+    """Hold while results and pages are read or replaced: other processes do so too."""
+    return file_lock(output_folder(args) / ".page.lock")
+
+
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate (but for
     Muon's).
@@ -782,7 +788,8 @@ def train_runs(
             parameters = all_parameters(model)
             state = train(run, model, data, device, path, prepare)
             result = make_result(question, run, parameters, state, data["test"].labels)
-            new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
+            with results_lock(args) if rank() == 0 else nullcontext():
+                new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
         if new:
             yield run
 

@@ -36,14 +36,7 @@ class MuonAndSGD(torch.optim.Optimizer):
     A param group's "initial_lr" is its learning rate at the start.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        filter_learning_rate: float,
-        weight_decay: float,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, model: nn.Module, learning_rate: float, filter_learning_rate: float, weight_decay: float, dtype):
         weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
         taken = set(map(id, weights))
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]

@@ -16,7 +16,7 @@ from report.numbers import ReportRow, Result, figures_of, measure, name_of, read
 
 MADE_BY = "Written by the question scripts"  # in every page and picture: nothing else is ever replaced
 GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
-COLORS = {"holds": "tab:green", "reversed": "tab:red"}  # of marks; grey for all others
+COLORS = {"holds": "tab:green", "reversed": "tab:red", "inside": "tab:green", "outside": "tab:red"}  # else grey
 
 
 def plain_style():
@@ -228,15 +228,6 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
     return figure
 
 
-def verdict_of(row: ReportRow) -> tuple[str, str]:
-    """In words, and its colour."""
-    if row.inside is None:
-        return "too few seeds" if row.results else "not trained", "0.5"
-    if row.is_wide:
-        return f"{'inside' if row.inside else 'outside'}, but wide", "0.5"
-    return ("inside", "tab:green") if row.inside else ("outside", "tab:red")
-
-
 def plot_row(axes, place: int, row: ReportRow) -> None:
     alike = values(row.results, "alike")
     if row.half is not None:
@@ -249,8 +240,8 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
         label, test = "ours, best weights, all 10,000 test images", values(row.results, "test").mean()
         axes.plot(test, place, "|", color="tab:orange", markersize=12, **style, label=label)
     axes.plot(row.reported, place, "x", color="black", markersize=8, **style, label="the report")
-    verdict, color = verdict_of(row)
-    axes.text(1.01, place, verdict, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
+    style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    axes.text(1.01, place, row.verdict, color=COLORS.get(row.verdict, "0.5"), **style)
 
 
 def plot_claims(claims: Sequence[dict]) -> Figure:

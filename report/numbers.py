@@ -75,6 +75,10 @@ class Result:
         """The same for all seeds, and for all readings of one training."""
         return json.dumps({k: v for k, v in shaping(self.settings).items() if k not in ("seed", "precision")})
 
+    def identity(self) -> tuple:
+        """The same for all readings of one training with one seed, on one machine in one precision."""
+        return self.training(), self.seed, self.curves["train_loss"][0]
+
 
 Results = dict[str, list[Result]]  # by run, one per seed, in order of seeds
 
@@ -249,12 +253,6 @@ def gap(result: Result) -> float:
     return result.as_the_report("validation_loss")[-1] - result.curves["train_loss"][-1]
 
 
-def rise(result: Result) -> float:
-    """Percent by which the validation loss ends above its lowest value."""
-    loss = result.as_the_report("validation_loss")
-    return 100 * (loss[-1] / loss.min() - 1)
-
-
 MEASURES = {  # numbers of one training
     "test": lambda result: result.tests[result.weights, "all_images"],
     "alike": lambda result: result.tests["last", "report_images"],  # as the report tests
@@ -266,7 +264,8 @@ MEASURES = {  # numbers of one training
     "augmentation_adds": lambda r: (r.as_the_report("validation_accuracy") - r.curves["validation_accuracy"]).mean(),
     "gap": gap,
     "narrowness": lambda result: -abs(gap(result)),  # how near to zero the gap is
-    "rise": rise,
+    # percent by which the validation loss ends above its lowest value
+    "rise": lambda r: 100 * (r.as_the_report("validation_loss")[-1] / r.as_the_report("validation_loss").min() - 1),
 }
 DIGITS = {"gap": 3, "narrowness": 3}  # that tables print; 2 of all others
 UNITS = {"gap": "in loss", "narrowness": "in loss", "rise": "%"}  # points of accuracy of all others
@@ -302,12 +301,12 @@ class Noise(NamedTuple):
 
 def pooled(groups: Iterable[np.ndarray]) -> Noise | None:
     """Over groups of equal variance, [seeds] or [readings, seeds] each; of readings of the same seeds the mean
-    variance. None where no group has several seeds.
+    variance. None where no group has several seeds, or none of them differ: that is chance too.
     """
     groups = [np.atleast_2d(group) for group in groups]
     df = sum(group.shape[1] - 1 for group in groups)
     squares = sum(group.shape[1] * group.var(axis=1).mean() for group in groups)
-    return Noise(math.sqrt(squares / df), df) if df else None
+    return Noise(math.sqrt(squares / df), df) if squares > 1e-9 else None
 
 
 def steady_noise(runs: Iterable[Sequence[Result]], what: str) -> Noise | None:
@@ -334,10 +333,10 @@ def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise:
     value = round(mean(one, what) - mean(other, what), DIGITS.get(what, 2))
     ours, theirs = values(one, what), values(other, what)
     factor = 1 / len(ours) + 1 / len(theirs)
-    if one[0].training() == other[0].training() and [r.seed for r in one] == [r.seed for r in other]:
+    if [result.identity() for result in one] == [result.identity() for result in other]:
         noise, factor = pooled([ours - theirs]), 1 / len(ours)
     elif not (one[0].is_steady and other[0].is_steady):
-        if min(len(ours), len(theirs)) == 1:
+        if min(len(ours), len(theirs)) == 1 or not np.ptp(ours) + np.ptp(theirs):
             return Difference(value, None)
         low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
         return Difference(value, float(high - low) / 2)
@@ -367,14 +366,12 @@ class ReportRow:
     half: float | None  # how far from our mean one more seed would fall; None where nothing tells
 
     @property
-    def is_wide(self) -> bool:
-        """Is the interval so wide that it says little?"""
-        return self.half is not None and self.half > WIDE
-
-    @property
-    def inside(self) -> bool | None:
-        """Could the report's number be one more seed of ours?"""
-        return None if self.half is None else abs(self.reported - values(self.results, "alike").mean()) <= self.half
+    def verdict(self) -> str:
+        """Could the report's number be one more seed of ours? A wide interval says little."""
+        if self.half is None:
+            return "too few seeds" if self.results else "not trained"
+        inside = abs(self.reported - values(self.results, "alike").mean()) <= self.half
+        return ("inside" if inside else "outside") + (", but wide" if self.half > WIDE else "")
 
 
 def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:

@@ -15,8 +15,8 @@ from itertools import chain
 import jinja2
 import numpy as np
 
-from common import Run, output_folder
-from parts.machine import UserError, file_lock, rank, require_writable, say, tell
+from common import Run, output_folder, results_lock
+from parts.machine import UserError, rank, require_writable, say, tell
 from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
 from report.figures import MADE_BY, RUN_FIGURES, Figure, require_ours, save_figure
@@ -52,12 +52,13 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     for path in [*written, *(folder / run / f"{name}.png" for run in drawn for name in RUN_FIGURES)]:
         require_ours(path)
     replaced = [] if args.replot else [folder / run.name / f"seed{run.settings.seed}.json" for run in runs]
-    for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
-        numbers.read_arrays(result)
-    numbers.read_beside(root, question.beside, args.sample)
-    overview_content(root, args.sample, replaced)
     for path in (root, folder):
         require_writable(path)
+    with results_lock(args):
+        for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
+            numbers.read_arrays(result)
+        numbers.read_beside(root, question.beside, args.sample)
+        overview_content(root, args.sample, replaced)
 
 
 def update_pages(question: Question, args: argparse.Namespace, run: Run) -> None:
@@ -90,7 +91,7 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
     """
     root = output_folder(args)
     folder = root / question.name
-    with file_lock(root / ".page.lock"), figures.plain_style():
+    with results_lock(args), figures.plain_style():
         own = numbers.read_question(folder, question.runs, args.sample)
         results = own | numbers.read_beside(root, question.beside, args.sample)
         for found in own.values():
@@ -149,12 +150,16 @@ def question_content(question: Question, own: Results, results: Results, args: a
     noise = numbers.steady_noise(results.values(), "test")
     weights = {found[0].settings["weights"] for found in own.values()}
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
+    runs = dict.fromkeys([*(run.name for run in question.runs), *own])
+    table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
+    if args.sample:  # without the report's columns
+        table = [[*row[:2], *row[4:7], row[8]] for row in table]
     return {
         "question": question,
         "sample": args.sample,
         "findings": findings.read_text(encoding="utf-8", errors="replace").strip() if findings.exists() else "",
         "own": own,
-        "table": run_table(question, own, noise, args.sample),
+        "table": table,
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
@@ -164,7 +169,7 @@ def question_content(question: Question, own: Results, results: Results, args: a
     }
 
 
-HEAD = (
+HEAD = [
     "run",
     "best / last epoch of each seed",
     "test as the report: report / ours",
@@ -174,20 +179,16 @@ HEAD = (
     "test − baseline",
     "from the report's curve",
     "gap",
-)
-
-
-def run_table(question: Question, own: Results, noise: Noise | None, sample: bool) -> list[list[str]]:
-    """A head, and a row per run: the report's numbers beside ours, measured alike, then what we would report."""
-    runs = dict.fromkeys([*(run.name for run in question.runs), *own])
-    table = [list(HEAD), *(run_row(question, run, own, noise) for run in runs if run in own or not sample)]
-    if sample:  # without the report's columns
-        return [[*row[:2], *row[4:7], row[8]] for row in table]
-    return table
+]
 
 
 def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> list[str]:
-    test, validation = report_cells(question, run)
+    """A row of the table: the report's numbers beside ours, measured alike, then what we would report."""
+    printed = numbers.reported(question.name, run)
+    test, validation = (str(printed.get(what, "-")) for what in ("test", "validation"))
+    drawn = [figure for figure in numbers.figures_of(run) if "validation_accuracy" in figure]
+    if printed and validation == "-" and drawn:  # not printed: with a star the best that its figure shows
+        validation = f"{max(drawn[-1]['validation_accuracy']):.1f}*"
     if run not in own:
         return [name_of(run), "not run", f"{test} / -", f"{validation} / -", *["-"] * 5]
     found = own[run]
@@ -201,8 +202,7 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     against = "-"
     if baselines and run not in question.baselines:
         against = in_words(*difference(found, baselines[0], "test", noise))
-    curve = "validation_accuracy"
-    apart = [numbers.curve_distance(figure, found, curve) for figure in numbers.figures_of(run) if curve in figure]
+    apart = [numbers.curve_distance(figure, found, "validation_accuracy") for figure in drawn]
     return [
         f"[{name_of(run)}]({run}/)",
         seeds,
@@ -216,22 +216,10 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     ]
 
 
-def report_cells(question: Question, run: str) -> tuple[str, str]:
-    """Test and validation accuracy as the report prints them (see report.json); validation else, with a star, the best
-    that its figure shows. "-" where there is neither.
-    """
-    printed = numbers.reported(question.name, run)
-    test, validation = (str(printed.get(what, "-")) for what in ("test", "validation"))
-    curves = [figure["validation_accuracy"] for figure in numbers.figures_of(run) if "validation_accuracy" in figure]
-    if printed and validation == "-" and curves:
-        validation = f"{max(curves[-1]):.1f}*"
-    return test, validation
-
-
 def machines(own: Results) -> list[str]:
     """Where the question's epochs were trained, how long one took, and how many; every training once."""
     by_length = sorted(chain(*own.values()), key=lambda result: result.epochs)
-    longest = {(result.training(), result.seed, result.curves["train_loss"][0]): result for result in by_length}
+    longest = {result.identity(): result for result in by_length}
     seconds: dict[str, list[np.ndarray]] = {}
     for result in longest.values():
         moves = [here["from_epoch"] - 1 for here in result.environments[1:]]
@@ -306,29 +294,18 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
     content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong", replaced=replaced)}
     content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
     content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
-    return content | augmentations(questions["q3"]) | habits(questions)
+    # of trainings that several questions share the readings once, of those that stopped early all
+    every = [result for results in questions.values() for result in chain(*results.values())]
+    readings = {(r.training(), r.settings["epochs"], r.seed): r for r in every if not r.settings["patience"]}
+    content |= {"readings": list(readings.values()), "stopped": [r for r in every if r.settings["patience"]]}
+    return content | augmentations(questions["q3"])
 
 
 def augmentations(q3: Results) -> dict:
-    """Question 3's runs; those with an augmentation by what the report's validation adds; the best three of them."""
+    """Question 3's runs; what the report's validation adds to those with an augmentation; the best three of them."""
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
-    added = {run: mean(found, "augmentation_adds") for run, found in augmented.items()}
+    added = sorted((mean(found, "augmentation_adds"), run) for run, found in augmented.items())
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
     apart = difference(*top[:2], "test", numbers.steady_noise(q3.values(), "test")) if len(top) > 1 else None
     rates = [rate for rate in ("0.5", "0.6") if {f"dropout_{rate}", f"dropout_after_pool_{rate}"} <= q3.keys()]
-    return {
-        "q3": q3,
-        "rates": rates,
-        "augmented": sorted(added.items(), key=lambda item: item[1]),
-        "top": top,
-        "apart": apart,
-    }
-
-
-def habits(questions: dict[str, Results]) -> dict:
-    """What tells what the report's ways of measuring are worth: the readings of its questions' trainings, those that
-    several questions share once, and those that stopped early apart.
-    """
-    every = [result for results in questions.values() for result in chain(*results.values())]
-    readings = {(r.training(), r.settings["epochs"], r.seed): r for r in every if not r.settings["patience"]}
-    return {"readings": list(readings.values()), "stopped": [r for r in every if r.settings["patience"]]}
+    return {"q3": q3, "rates": rates, "augmented": added, "top": top, "apart": apart}

@@ -121,15 +121,11 @@ def test_smoothness_of_known_filters_and_of_none():
 
 def test_the_deviation_is_pooled_and_a_training_counts_once():
     assert pooled([[1, 2, 3], [10, 14]]) == Noise(math.sqrt((2 + 8) / 3), 3)
-    assert pooled([[1], [2]]) is None
+    assert pooled([[1], [2]]) is pooled([[80.3, 80.3], [2]]) is None  # equal by chance
     one, again, other = seeds("a", [80, 81]), seeds("b", [80, 81]), seeds("c", [80, 84], batch_norm=True)
     unsteady = seeds("d", [30, 60, 50], dropout=0.6)
     assert steady_noise([one, again, other, unsteady], "test") == pooled([[80, 81], [80, 84]])
-    fewer_epochs, one_seed, trial = (
-        seeds("e", [79, 82], epochs=3),
-        seeds("f", [9], epochs=4),
-        seeds("f_2epochs", [1, 9]),
-    )
+    fewer_epochs, one_seed, trial = seeds("e", [79, 82], epochs=3), seeds("f", [9]), seeds("f_2epochs", [1, 9])
     assert steady_noise([one, fewer_epochs, one_seed, trial], "test") == Noise(math.sqrt((0.5 + 4.5) / 2), 1)
 
 
@@ -146,17 +142,23 @@ def test_readings_of_the_same_trainings_are_compared_seed_by_seed_and_unsteady_r
     found = difference(one, other, "test", Noise(9, 6))
     assert found.half == pytest.approx(t.ppf(0.975, 2) * np.std([1, 0.8, 0.9], ddof=1) / math.sqrt(3))
     assert difference(one, other[:2], "test", Noise(9, 6)).half > 9  # not the same seeds: two runs like any
+    elsewhere = seeds("b", [79, 80.2, 84.1], curves={"train_loss": [1.1, 0.5]})  # another precision's, say
+    assert difference(one, elsewhere, "test", Noise(9, 6)).half > 9
+    assert difference(one, seeds("b", [79, 80, 84], patience=5), "test", Noise(9, 6)).half is None  # all alike
     unsteady = seeds("c", [40, 60, 45], dropout=0.6)
     assert difference(one, unsteady, "test", Noise(0.1, 99)).half > 10
     assert difference(one, unsteady[:1], "test", Noise(0.1, 99)).half is None
+    collapsed = [seeds(run, [10, 10], dropout=rate) for run, rate in (("d", 0.8), ("e", 0.9))]
+    assert difference(*collapsed, "test", Noise(0.1, 99)).half is None
 
 
 def test_where_one_more_seed_falls():
     half = one_more(seeds("a", [80, 82]), "alike", Noise(1, 6))
     assert half == pytest.approx(t.ppf(0.975, 6) * math.sqrt(1 + 1 / 2))
     rows = [numbers.ReportRow("q1", "a", told, seeds("a", [80, 82]), 2.0) for told in (78.9, 79.1, 82.9, 83.1)]
-    assert [row.inside for row in rows] == [False, True, True, False]
-    assert [replace(rows[0], half=half).is_wide for half in (None, 9.0, 11.0)] == [False, False, True]
+    assert [row.verdict for row in rows] == ["outside", "inside", "inside", "outside"]
+    verdicts = [replace(rows[0], half=half).verdict for half in (None, 9.0, 11.0)]
+    assert verdicts == ["too few seeds", "inside", "inside, but wide"]
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
     assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
     assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None

@@ -110,7 +110,7 @@ def test_the_overview_leaves_out_what_options_named(tmp_path):
         shutil.copytree(COMMITTED / "q3/crop", tmp_path / "q3" / run)
         for path in (tmp_path / "q3" / run).glob("*.json"):
             path.write_text(path.read_text().replace('"run": "crop"', f'"run": "{run}"'))
-    assert [run for run, _ in page.augmentations(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
+    assert [run for _, run in page.augmentations(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
 
 
 def test_every_link_leads_somewhere():

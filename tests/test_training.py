@@ -6,10 +6,12 @@ import json
 import math
 import signal
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 import common
@@ -18,6 +20,7 @@ import q2_batchnorm_earlystop
 import q3_augment_dropout
 import q4_vgg_transfer
 import q5_modern_recipe
+import report.numbers
 from common import Run, Settings, Split, evaluate, load_checkpoint, make_result, stopping_epoch
 from conftest import checkpoint, folders, make_narrow, start, three_epochs
 from parts.augment import HorizontalFlip, RandomCrop
@@ -51,10 +54,8 @@ def numbers(state):
 def assert_same_training(a, b):
     """Bit for bit: metrics, predictions, and the weights of the last and of the best epoch."""
     assert numbers(a) == numbers(b)
-    assert all(torch.equal(x, y) for x, y in zip(a["predictions"], b["predictions"], strict=True))
-    for name in ("model", "best"):
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+    for name in ("predictions", "model", "best"):
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +309,10 @@ def test_the_key_is_what_shapes_the_weights():
 
 
 def test_settings_that_no_code_understands_are_refused():
-    with pytest.raises(ValueError, match="make it a frozen dataclass"):  # else every start had another key
-        Settings(augment=(object(),))
+    thawed = dataclasses.make_dataclass("Thawed", ["p"])(0.5)
+    for augmentation in (object(), thawed, HorizontalFlip):  # else every start had another key, or sweeps would fail
+        with pytest.raises(ValueError, match="make it a frozen dataclass"):
+            Settings(augment=(augmentation,))
     with pytest.raises(ValueError, match="optimizer 'sgd': there are adam, muon"):  # else it would train with Adam
         Settings(optimizer="sgd")
 
@@ -426,6 +429,21 @@ def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(qu
     with pytest.raises(SystemExit):  # a second one would lose it
         q1_convnet.main([*options, "--fresh"])
     assert path.exists() and path.with_suffix(".old").read_bytes() == before
+
+
+def test_results_are_read_and_replaced_under_one_lock(quick, tmp_path, monkeypatch):
+    """Else a job that starts meets one training's numbers beside another's, or none."""
+
+    def locked(function, *args):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "out/sample/.page.lock").acquire(timeout=0)
+        return calls.append(function.__name__) or function(*args)
+
+    calls = []
+    monkeypatch.setattr(common, "write_result", partial(locked, common.write_result))
+    monkeypatch.setattr(report.numbers, "read_question", partial(locked, report.numbers.read_question))
+    q1_convnet.main(["--sample", "--epochs=1", "--device=cpu", *folders(tmp_path)])
+    assert set(calls) == {"write_result", "read_question"}
 
 
 def test_an_interrupted_fresh_sweep_takes_no_old_checkpoint_for_done(quick, tmp_path, monkeypatch):
