@@ -221,9 +221,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name must survive a power cut too
+        if os.name == "posix":  # the new name must survive a power cut too, where the file system can see to that
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with suppress(OSError):
+                os.fsync(folder)
             os.close(folder)
     except OSError as error:
         with suppress(OSError):

@@ -294,7 +294,7 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
     content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong", replaced=replaced)}
     content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
     content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
-    # of trainings that several questions share the readings once, of those that stopped early all
+    # a reading that several questions share counts once; those that stopped early stand apart
     every = [result for results in questions.values() for result in chain(*results.values())]
     readings = {(r.training(), r.settings["epochs"], r.seed): r for r in every if not r.settings["patience"]}
     content |= {"readings": list(readings.values()), "stopped": [r for r in every if r.settings["patience"]]}
