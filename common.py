@@ -185,7 +185,7 @@ def load_cifar10(data_dir: Path) -> dict[str, Split]:
     """
     try:
         parts = open_cifar10(data_dir)
-    except (OSError, RuntimeError, UserError) as error:
+    except Exception as error:  # the network, or damaged files
         advice = f"put {CIFAR10.base_folder}/ there (delete it where it is damaged: it is downloaded anew)"
         raise UserError(
             f"no CIFAR-10 in {str(data_dir)!r} ({machine.first_line(error)}): {advice}, "

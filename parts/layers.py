@@ -34,6 +34,11 @@ class ConvolutionRule(NamedTuple):
         return f"products: {', '.join(limits)}" if any(self) else "PyTorch's own"
 
 
+def cpu_capabilities() -> dict:
+    """Name and instructions, as torch tells them: from 2.11 on, so a notebook's may not."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 @functools.cache
 def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
     """Why these limits: docs/speed.md. In AMX oneDNN's kernel for the gradient of the weights works row by row, and
@@ -41,7 +46,7 @@ def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
     """
     if device_type == "cpu" and dtype == torch.float32:
         return ConvolutionRule(winograd=128)
-    cpu = torch.cpu.get_capabilities()
+    cpu = cpu_capabilities()
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("amx_bf16"):
         return ConvolutionRule(output=16, input_gradient=16, weight_gradient=64)
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("avx512_bf16"):

@@ -19,7 +19,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from parts.layers import convolution_rule
+from parts.layers import convolution_rule, cpu_capabilities
 
 
 class UserError(Exception):
@@ -35,10 +35,12 @@ def choose_device(name: str) -> torch.device:
     Also sets up this process for it; call before the first large tensor, and before torch starts its threads, which
     take over how they treat subnormals.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    several = torch.distributed.is_torchelastic_launched()
+    mps = torch.backends.mps.is_available() and not several  # torch connects no processes there
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     kinds = [kind for kind, there in available.items() if there]
     name = kinds[0] if name == "auto" else name
-    if name == "cuda" and torch.distributed.is_torchelastic_launched():  # a GPU for each process
+    if name == "cuda" and several:  # a GPU for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -65,7 +67,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
-    cpu, capability = torch.cpu.get_capabilities(), None
+    cpu, capability = cpu_capabilities(), None
     native = device.type == "cpu" and any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     if device.type == "cuda":
@@ -87,7 +89,7 @@ def computing_dtype(precision: str) -> torch.dtype:
 
 def environment(device: torch.device, precision: str) -> dict:
     """What the numbers may depend on beyond the settings."""
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    cpu = cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     devices = {"cpu": f"{cpu}, {os.cpu_count()} cores"}
     if device.type == "cuda":
         devices["cuda"] = torch.cuda.get_device_name(device)
@@ -178,8 +180,8 @@ def processes(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The first process may wait for a lock while the others wait for it.
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(days=2)
-    torch.distributed.init_process_group(backend, timeout=patience)
+    patience, gpu = datetime.timedelta(days=2), device if device.type == "cuda" else None
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
     try:
         yield
     finally:
@@ -301,6 +303,8 @@ def explain(error: BaseException) -> str | None:
         return "interrupted; a training keeps its finished epochs, and the same command (without --fresh) goes on"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device"
+    if "no kernel image" in str(error):
+        return "this torch has no kernels for this GPU: use --device cpu, or a torch built for it (see pytorch.org)"
     if out_of_memory(error):
         return f"there is not enough memory ({first_line(error)}): end what else runs on this machine"
     if isinstance(error, OSError) and error.filename is not None:

@@ -31,6 +31,9 @@ def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch):
     for there, device in ((True, "mps"), (False, "cpu")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
         assert choose_device("auto").type == device
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert choose_device("auto").type == "cpu"  # of torchrun's processes
 
 
 def test_a_cpu_counts_subnormal_numbers_as_zero():
@@ -52,6 +55,8 @@ def test_auto_is_bf16_where_it_pays(monkeypatch):
         assert choose_precision("auto", CPU) == auto and choose_precision("fp32", CPU) == "fp32"
     with pytest.raises(UserError, match="use fp32 or auto"):  # the last one computes no bfloat16
         choose_precision("bf16", CPU)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.11
+    assert choose_precision("auto", CPU) == "fp32" and machine.environment(CPU, "fp32")["device"]
 
 
 def test_fp16_is_for_gpus_that_have_tensor_cores_for_nothing_wider(monkeypatch):
@@ -101,6 +106,7 @@ def test_a_reader_that_goes_away_and_a_full_disk_end_the_printing_alone(monkeypa
         (UserError("no such run"), "no such run", 2),
         (KeyboardInterrupt(), "interrupted; .* the same command", 130),
         (RuntimeError("could not create a primitive"), "not enough memory", 2),
+        (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU: use --device cpu", 2),
         (torch.OutOfMemoryError("CUDA out of memory\nmore"), "the GPU's memory is full", 2),
         (PermissionError(13, "Permission denied", "results/a.json"), "results/a.json: Permission denied", 2),
     ],
