@@ -170,8 +170,8 @@ def feature_tensors(loaded, source: str) -> dict[str, Tensor]:
     Raises UserError where they are not there.
     """
     with torch.device("meta"):  # only the shapes; torchvision's own file is older than batch norm's counters
-        tensors = vgg11_bn().features.state_dict()
-    expected = {name: tensor.shape for name, tensor in tensors.items() if "num_batches" not in name}
+        features = vgg11_bn().features.state_dict()
+    expected = {name: tensor.shape for name, tensor in features.items() if "num_batches" not in name}
     start, found = next(iter(expected)), tensor_dicts(loaded)
     for tensors in found:
         for prefix in [name.removesuffix(start) for name in tensors if f".{name}".endswith(f".{start}")]:
