@@ -98,6 +98,7 @@ CLAIMS = [
         (
             *(better(f"dropout_{p}", "baseline_20", on="validation") for p in (0.1, 0.2, 0.3)),
             *(better(f"dropout_{p}", f"dropout_{q}") for p, q in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6))),
+            better("baseline_20", "dropout_0.6"),
             narrowest_gap("dropout_0.2", *(f"dropout_{p}" for p in RATES[:6] if p != 0.2)),
         ),
     ),
