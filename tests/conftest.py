@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 import q4_vgg_transfer
-from common import Split, find_data_dir, load_cifar10, load_sample
+from common import Split, load_sample
 
 torch.set_flush_denormal(True)  # as the scripts do, before torch starts its threads
 NARROW = (8, 16, 16, 16, 16)  # channels: where the network's width does not matter
@@ -70,13 +70,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.fixture(scope="session")
-def official():
-    if not (find_data_dir() / "cifar-10-batches-py").is_dir():
-        pytest.skip("the official CIFAR-10 is not at hand (CIFAR10_DIR or data/)")
-    return load_cifar10(find_data_dir())
-
-
 def folders(path: Path) -> list[str]:
     """The options that keep a run's files in one folder."""
     return [f"--output-dir={path / 'out'}", f"--checkpoint-dir={path / 'checkpoints'}"]
@@ -86,28 +79,25 @@ def three_epochs(path: Path) -> list[str]:
     return ["--sample", "--epochs=3", "--device=cpu", "--precision=fp32", *folders(path)]
 
 
-def start(path: Path, script: str = "q1_convnet", processes: int = 1) -> subprocess.Popen:
-    """Three epochs of a narrow network in a real process, under torchrun where there are several; its standard error
-    can be read line by line.
-    """
-    code = f"import common; common.CHANNELS = {NARROW}; import {script}; {script}.main()"
+def run_script(path: Path, script: str = "q1_convnet", processes: int = 1, before: str = "pass"):
+    """Three epochs of a narrow network in a real process, under torchrun where there are several, after `before`."""
+    code = f"import common; common.CHANNELS = {NARROW}; {before}; import {script}; {script}.main()"
     command = ["-c", code, *three_epochs(path)]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
         command = [*torchrun, sys.executable, *command]
-    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], **pipes, env=environment)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    options = {"capture_output": True, "text": True, "env": environment}
+    return subprocess.run([sys.executable, *command], check=False, **options)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Question 1, narrow, on the sample, three epochs, from the command line: its folder, its output and its errors."""
     folder = tmp_path_factory.mktemp("finished")
-    process = start(folder)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return folder, out, err
+    done = run_script(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
 
 
 def checkpoint(folder: Path) -> dict:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from common import ROOT
+from parts import augment
 from parts.augment import ColorJitter, Cutout, GaussianBlur, Grayscale, HorizontalFlip, RandomCrop
 
 AUGMENTATIONS = [  # with settings that are not their defaults
@@ -28,6 +31,14 @@ ORDERS = list(itertools.permutations(range(4)))
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_the_readmes_augmentation_works_as_it_stands():
+    (code,) = re.findall(r"```python\n(@dataclass.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(code, space := dict(vars(augment)))  # noqa: S102 - our own README
+    darkened = augment.augment(torch.ones(9, 3, 4, 4), (space["Darken"](0.5),), generator(), 9)
+    shades = darkened.flatten(1).unique(dim=1)  # one for each image
+    assert shades.shape == (9, 1) and len(shades.unique()) == 9 and 0.5 <= shades.min()
 
 
 def make_images(n: int, size: int = 32) -> Tensor:

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from parts import layers
 from parts.layers import Conv2d, ConvolutionAsProduct, ConvolutionRule, Dropout, winograd
 
 SHAPES = [(3, 5, 7, 5), (4, 2, 1, 1), (2, 4, 5, 5), (2, 3, 3, 6)]  # C_in, C_out, H, W
+assert_all_close = partial(torch.testing.assert_close, atol=1e-9, rtol=0)
 
 
 def step(function, shape, batch: int) -> list[Tensor]:
@@ -25,11 +28,6 @@ def step(function, shape, batch: int) -> list[Tensor]:
     *leaves, gradient = (t.requires_grad_() for t in drawn)
     output = function(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
-
-
-def assert_all_close(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("products", [*itertools.product((False, True), repeat=3)], ids=str)
@@ -59,15 +57,10 @@ def test_winograds_algorithm_is_exact_enough_in_float32():
 
 @pytest.fixture
 def rule(monkeypatch):
-    """Set the rule, whatever the CPU; returns what it is asked for."""
-    asked = []
-
-    def set_rule(*limits):
-        answer = ConvolutionRule(*limits)
-        monkeypatch.setattr(layers, "convolution_rule", lambda *of: asked.append(of) or answer)
-        return asked
-
-    return set_rule
+    """Its return_value is the rule, whatever the CPU."""
+    asked = Mock()
+    monkeypatch.setattr(layers, "convolution_rule", asked)
+    return asked
 
 
 def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
@@ -78,7 +71,7 @@ def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
     monkeypatch.setattr(layers, "winograd", lambda *inputs: tiled.append(inputs) or winograd(*inputs))
     found, products = [], []
     for limits in ((0, 0, 0, 0), (0, 64, 64, 64), (0, 16, 16, 64), (8, 0, 0, 0)):
-        rule(*limits)
+        rule.return_value = ConvolutionRule(*limits)
         model.zero_grad()
         output = model(images)
         output.square().sum().backward()
@@ -91,12 +84,12 @@ def test_a_network_is_the_same_by_every_rule(narrow, monkeypatch, rule):
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32(rule):
-    asked = rule(0, 64, 64, 64)
+    rule.return_value = ConvolutionRule(0, 64, 64, 64)
     layer, images = Conv2d(16, 8, 3, padding=1), torch.randn(4, 16, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(images)
     output.float().sum().backward()
-    assert asked == [("cpu", torch.bfloat16)]
+    rule.assert_called_once_with("cpu", torch.bfloat16)
     assert output.dtype == torch.bfloat16 and layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
     exact = F.conv2d(images.double(), layer.weight.double(), layer.bias.double(), padding=1)
     assert (output - exact).norm() < 0.02 * exact.norm()
@@ -108,7 +101,7 @@ OPTIONS = [{"stride": 2}, {"padding": (1, 0)}, {"padding_mode": "reflect"}, {"gr
 @pytest.mark.parametrize("limits", [(1, 0, 0, 0), (0, 64, 64, 64)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_other_convolutions_are_pytorchs(options, limits, rule):
-    rule(*limits)
+    rule.return_value = ConvolutionRule(*limits)
     options = {"kernel_size": 3, "padding": 1} | options
     theirs, ours = nn.Conv2d(4, 6, **options).double(), Conv2d(4, 6, **options).double()
     ours.load_state_dict(theirs.state_dict())

@@ -34,11 +34,13 @@ def test_layers_stand_in_the_order_of_figure_10(narrow):
     assert ConvNet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_the_classifier_starts_as_the_exercise_says():
+def test_the_network_starts_as_the_exercise_says():
     torch.manual_seed(0)
-    classifier = ConvNet().classifier
-    assert classifier.bias.count_nonzero() == 0
-    assert abs(classifier.weight.std().item() / 1e-3 - 1) < 5 / math.sqrt(2 * 5_120)
+    model = ConvNet()
+    assert model.classifier.bias.count_nonzero() == 0
+    assert abs(model.classifier.weight.std().item() / 1e-3 - 1) < 5 / math.sqrt(2 * 5_120)
+    torch.manual_seed(0)
+    assert torch.equal(model.features[0].weight, nn.Conv2d(3, 128, 3).weight)  # the rest as PyTorch's layers
 
 
 def test_every_filter_stands_under_its_number():

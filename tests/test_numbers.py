@@ -89,7 +89,7 @@ def test_arrays_of_another_training_are_refused(q1):
         numbers.read_arrays(result)
 
 
-def test_what_options_append_stands_apart_in_a_name():
+def test_names_for_people():
     names = {"scratch_fp32": "VGG11_bn from scratch, fp32", "crop_flip_3epochs": "crop + flip, 3epochs"}
     names["frozen_my_file_0a1b2c3d"] = "frozen on my file 0a1b2c3d (a stand-in)"
     names["frozen_vgg_30epochs_0a1b2c3d"] = "frozen on vgg 30epochs 0a1b2c3d (a stand-in)"
@@ -105,7 +105,7 @@ def test_measures():
     assert measure(result, "gap") == pytest.approx(0.2) and measure(result, "narrowness") == pytest.approx(-0.2)
     assert measure(result, "augmentation_adds") == -1
     assert measure(make(curves=curves), "rise") == pytest.approx(25)
-    assert make(schedule="linear").weights == "last" and make().weights == "best"
+    assert make(schedule="linear").chosen_weights == "last" and make().chosen_weights == "best"
 
 
 def test_smoothness_of_known_filters_and_of_none():

@@ -62,6 +62,19 @@ def test_the_reports_curves_stand_beside_ours_but_not_beside_the_samples(data):
         assert ("SAMPLE" in axes.get_title()) == (data == "cifar10-sample")
 
 
+def test_a_runs_pictures_show_its_seeds():
+    """Mean and a band of one standard deviation, every seed's best epoch; confusion in percent of the true class."""
+    found = [make("crop", seed, test, question="q3") for seed, test in enumerate((80, 82))]
+    (axes,) = figures.plot_accuracy(found).axes
+    assert axes.lines[0].get_ydata().tolist() == [80, 81]
+    band = axes.collections[0].get_paths()[0].get_extents()
+    assert band.extents.tolist() == pytest.approx([1, 80 - 2**0.5, 2, 81 + 2**0.5])
+    assert [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"] == [[[2, 80]], [[2, 82]]]
+    found[0].confusion["best"][3, 4] = 1
+    (axes,) = figures.plot_confusion(found).axes
+    assert axes.images[0].get_array()[3, 3:5].tolist() == pytest.approx([200 / 3, 100 / 3])
+
+
 def test_stops_are_read_from_the_whole_training():
     curves = {"train_loss": [6, 5, 4, 3, 2, 1], "validation_loss": [1] * 6}
     curves["validation_accuracy"] = [50, 60, 59, 58, 57, 61]
@@ -110,7 +123,7 @@ def test_the_overview_leaves_out_what_options_named(tmp_path):
         shutil.copytree(COMMITTED / "q3/crop", tmp_path / "q3" / run)
         for path in (tmp_path / "q3" / run).glob("*.json"):
             path.write_text(path.read_text().replace('"run": "crop"', f'"run": "{run}"'))
-    assert [run for _, run in page.augmentations(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
+    assert [run for _, run in page.question_3_content(numbers.read_questions(tmp_path)["q3"])["augmented"]] == ["crop"]
 
 
 def test_every_link_leads_somewhere():

@@ -18,6 +18,14 @@ from parts.augment import HorizontalFlip
 from parts.machine import UserError
 
 QUESTIONS = (q1_convnet, q2_batchnorm_earlystop, q3_augment_dropout, q4_vgg_transfer, q5_modern_recipe)
+EVERY = pytest.mark.parametrize("question", QUESTIONS, ids=lambda module: module.__name__)
+
+
+@EVERY
+def test_help_shows_the_scripts_docstring(question, capsys):
+    with pytest.raises(SystemExit) as end:
+        question.main(["--help"])
+    assert end.value.code == 0 and question.__doc__.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -76,12 +84,13 @@ def test_a_folder_that_cannot_be_written(quick, tmp_path, capsys, option):
         assert end.value.code == 2 and err.count("\n") == 1 and str(tmp_path / folder) in err
 
 
-def test_in_a_folder_of_the_users_nothing_is_replaced_and_nothing_trained(quick, tmp_path, monkeypatch, capsys):
+@EVERY
+def test_in_a_users_folder_nothing_is_replaced_and_nothing_trained(question, quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("# Mine\n")
     with pytest.raises(SystemExit) as end:
-        q1_convnet.main(["--device=cpu", "--output-dir=.", "--checkpoint-dir=checkpoints"])
+        question.main(["--device=cpu", "--output-dir=.", "--checkpoint-dir=checkpoints"])
     assert end.value.code == 2 and "README.md was not written by these scripts" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
@@ -95,7 +104,7 @@ def test_the_sample_end_to_end(finished):
     names = {"seed0.json", "seed0.npz", "losses.png", "accuracy.png", "filters.png", "confusion.png"}
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "seed0.json").read_text())
-    assert len(result["history"]) == 3 and result["settings"]["data"] == "cifar10-sample"
+    assert result["settings"]["data"] == "cifar10-sample" and result["history"][0]["lr"] == 1e-3  # half the real rate
     assert np.load(run / "seed0.npz")["step_losses"].shape == (3, 60)  # batches of 25: in 8 of 200 it learns nothing
     assert "Conv2d(3, 8" in out and "trainable parameters" in out  # the printed network
     assert "claim" not in out and "page: " in out  # no verdict on a sample
@@ -103,9 +112,11 @@ def test_the_sample_end_to_end(finished):
         assert page.read_text().splitlines()[1].startswith("# SAMPLE") and "report / ours" not in page.read_text()
 
 
-def test_replot_changes_nothing_and_list_says_done(finished, capsys, narrow):
+def test_replot_makes_everything_again_and_list_says_done(finished, capsys, narrow):
     folder = finished[0]
     before = {path: path.read_bytes() for path in (folder / "out").rglob("*.*")}
+    (losses,) = (folder / "out").rglob("losses.png")
+    losses.write_bytes(before[losses] + b"of an older matplotlib")
     q1_convnet.main(["--replot", *three_epochs(folder)])
     assert {path: path.read_bytes() for path in (folder / "out").rglob("*.*")} == before
     capsys.readouterr()

@@ -7,6 +7,7 @@ import math
 import signal
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import q4_vgg_transfer
 import q5_modern_recipe
 import report.numbers
 from common import Run, Settings, Split, evaluate, load_checkpoint, make_result, stopping_epoch
-from conftest import checkpoint, folders, make_narrow, start, three_epochs
+from conftest import checkpoint, folders, make_narrow, run_script, three_epochs
 from parts.augment import HorizontalFlip, RandomCrop
 from parts.machine import UserError, choose_device, choose_precision, file_lock
 
@@ -65,18 +66,12 @@ def two_epochs(small, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_narrow(patch)
         follow(small, path.parent)
-        return path, load_checkpoint(path, SETTINGS, *fresh(small))
+        model, first = fresh(small)
+        return path, load_checkpoint(path, SETTINGS, model, first + 1e-3 * (first - first.mean(0)))  # another machine's
 
 
 def interrupt(*_):
     raise KeyboardInterrupt
-
-
-def test_the_same_seed_repeats_and_another_does_not(small, two_epochs, tmp_path):
-    torch.rand(7)  # the global generator's state must not matter
-    assert_same_training(follow(small, tmp_path), two_epochs[1])
-    other = follow(small, tmp_path, seed=1, epochs=1)
-    assert numbers(other)[0]["train_loss"] != numbers(two_epochs[1])[0]["train_loss"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -125,18 +120,13 @@ def test_losses_in_fp16_are_scaled_and_their_gradients_are_not(small):
 
 
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, capsys):
-    """SIGKILL in the second epoch."""
-    process = start(tmp_path)
-    while "epoch 1/3" not in (line := process.stderr.readline()):  # written when the epoch is over
-        assert line, "the process ended early"
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    epochs = len(checkpoint(tmp_path)["history"])
-    assert 1 <= epochs < 3 and not list((tmp_path / "out").rglob("*.json"))  # nothing that looks like a result
+    """SIGKILL when the first epoch is saved."""
+    killed = run_script(tmp_path, before="import os; common.print_epoch = lambda *_: os.kill(os.getpid(), 9)")
+    assert killed.returncode == -signal.SIGKILL and len(checkpoint(tmp_path)["history"]) == 1
+    assert not list((tmp_path / "out").rglob("*.json"))  # nothing that looks like a result
     q1_convnet.main(three_epochs(tmp_path))
     err = capsys.readouterr().err
-    assert f"epoch {epochs + 1}/3" in err and f"epoch {epochs}/3" not in err
+    assert "epoch 2/3" in err and "epoch 1/3" not in err
     assert_same_training(checkpoint(tmp_path), checkpoint(finished[0]))
 
 
@@ -148,12 +138,14 @@ def test_every_epoch_has_its_own_order_augmentation_and_dropout(small, tmp_path,
     assert len({real(*stream) for stream in streams if stream in asked}) == 9
 
 
-def test_what_settings_name_is_what_is_trained(small, two_epochs, tmp_path):
-    """Each changes the loss of the first batch, though its images and the initial weights are the same."""
+def test_what_settings_name_is_what_is_trained(small, two_epochs, tmp_path, monkeypatch):
+    """Each changes the loss of the first batch."""
     first = two_epochs[1]["step_losses"][0][0]
-    others = {"batch_norm": False}, {"dropout": 0.0}, {"dropout": 0.4}, {"dropout_after_pool": True}, {"augment": ()}
-    for changes in others:
-        assert follow(small, tmp_path, epochs=1, **changes)["step_losses"][0][0] != first, changes
+    others = {"batch_norm": False, "dropout": 0.4, "dropout_after_pool": True, "augment": (), "seed": 1}
+    for name, value in others.items():
+        assert follow(small, tmp_path, epochs=1, **{name: value})["step_losses"][0][0] != first, name
+    monkeypatch.setattr(common, "rank", lambda: 1)  # every process drops units of its own
+    assert follow(small, tmp_path, epochs=1)["step_losses"][0][0] != first
 
 
 def test_the_optimiser_is_the_exercises(two_epochs):
@@ -181,9 +173,11 @@ def test_the_learning_rates_of_every_step(small, tmp_path, monkeypatch, schedule
         real(optimizer)
 
     monkeypatch.setattr(common.MuonAndSGD, "step", step)
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     history = follow(small, tmp_path, **MODERN | {"schedule": schedule})["history"]
     assert met == [pytest.approx([2 * rate, rate]) for rate in rates]
     assert [h["lr"] for h in history] == pytest.approx(rates[::2])
+    assert [h["seconds"] for h in history] == [1, 1]  # each epoch's own
 
 
 def test_smoothed_labels_are_trained_on_and_the_plain_loss_is_recorded(small, tmp_path):
@@ -203,13 +197,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, tmp_pat
     assert path.read_bytes() == before
 
 
-def test_an_older_checkpoint_gets_the_defaults_when_it_goes_on(small, tmp_path):
+def test_an_older_checkpoint_gets_what_it_lacks_when_it_goes_on(small, tmp_path):
     """It held only the settings that were not at their default."""
     state = follow(small, tmp_path, epochs=1)
     path = tmp_path / f"{SETTINGS.key()}.pt"
     state["settings"] = {"batch_size": SETTINGS.batch_size}
+    del state["scaler"], state["first_logits"]
     torch.save(state, path)
-    assert follow(small, tmp_path, epochs=2)["settings"] == common.shaping(SETTINGS.as_dict())
+    state = follow(small, tmp_path, epochs=2)
+    assert state["settings"] == common.shaping(SETTINGS.as_dict()) and {"scaler", "first_logits"} <= state.keys()
 
 
 @pytest.mark.parametrize(("which", "losses"), [("validation", [math.inf]), ("augmented validation", [1.0, math.inf])])
@@ -249,10 +245,12 @@ def test_reading_a_stopping_rule_is_having_stopped_there(small, tmp_path, monkey
     labels = small["test"].labels
     full["predictions"][1:3] = guesses = [labels.to(torch.uint8), torch.zeros_like(labels, dtype=torch.uint8)]
     stopped["predictions"] = full["predictions"][:3]
+    full["environments"].append({"from_epoch": 4})  # after the stop
     results = [make_result("q2", rule, PARAMETERS, state, labels) for state in (stopped, full)]
     assert numbers(results[0]) == numbers(results[1])
     best, last = (common.score(guess, labels, epoch) for epoch, guess in enumerate(guesses, 2))
     assert results[0]["test"] == results[1]["test"] == {"best": best, "last": last}
+    assert [(result["best_epoch"], result["environment"]["from_epoch"]) for result in results] == [(2, 1)] * 2
 
 
 @pytest.mark.parametrize(
@@ -285,7 +283,7 @@ def test_best_weights_are_a_copy_of_the_first_of_equals(small, tmp_path, monkeyp
     assert not torch.equal(state["best"]["classifier.weight"], state["model"]["classifier.weight"])
 
 
-def test_evaluation_gives_what_was_recorded_and_leaves_the_model_alone(small, two_epochs):
+def test_evaluation_is_right_is_what_was_recorded_and_leaves_the_model_alone(small, two_epochs):
     state, model = two_epochs[1], fresh(small)[0]
     model.load_state_dict(state["best"])
     best = common.best_epoch(state["history"])
@@ -294,6 +292,12 @@ def test_evaluation_gives_what_was_recorded_and_leaves_the_model_alone(small, tw
         assert torch.equal(evaluate(model.train(training), small["test"], SETTINGS)[1], predictions)  # dropout is off
         assert model.training == training
     assert evaluate(model, small["validation"], SETTINGS)[0] == entry["validation_loss"]  # as they are
+    images, labels = small["validation"].batch(torch.arange(50), SETTINGS)
+    logits = model(images).detach()  # of all images at once
+    loss, guesses = evaluate(model, small["validation"], dataclasses.replace(SETTINGS, batch_size=20))
+    assert guesses.tolist() == logits.argmax(1).tolist()
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert entry["validation_accuracy"] == 100 * (guesses == labels).sum().item() / 50
     assert entry["validation_loss"] != entry["augmented_validation_loss"]
     assert all(torch.equal(v, state["best"][k]) for k, v in model.state_dict().items())
 
@@ -306,6 +310,11 @@ def test_the_key_is_what_shapes_the_weights():
     others |= {"backbone": "frozen", "optimizer": "muon", "schedule": "linear"}
     for name in {field.name for field in dataclasses.fields(Settings)} - {"epochs", "patience"}:
         assert Settings(**{name: others.get(name, 7)}).key() != Settings().key()
+
+
+def test_what_a_seed_draws_never_changes():
+    streams = ("init", "order", "augment", "dropout", "validation")
+    assert [common.stream_seed(1, 2, stream) % 1000 for stream in streams] == [899, 476, 482, 576, 488]
 
 
 def test_settings_that_no_code_understands_are_refused():
@@ -399,14 +408,15 @@ def test_a_score_counts_the_report_s_images_and_all():
 
 
 def test_a_result_is_written_once_and_never_half(small, two_epochs, tmp_path, monkeypatch):
-    state, run = two_epochs[1], Run("test", SETTINGS)
+    state, run = two_epochs[1], Run("test", dataclasses.replace(SETTINGS, epochs=1))  # its first epoch
     result = make_result("q1", run, PARAMETERS, state, small["test"].labels)
     assert common.write_result(tmp_path, result, state) and not common.write_result(tmp_path, result, state)
     assert json.loads((tmp_path / "seed0.json").read_text()) == json.loads(json.dumps(result))
     with np.load(tmp_path / "seed0.npz") as arrays:
-        assert np.array_equal(arrays["step_losses"], torch.stack(state["step_losses"]))
+        assert np.array_equal(arrays["step_losses"], torch.stack(state["step_losses"][:1]))
         assert np.array_equal(arrays["before"], fresh(small)[0].features[0].weight.detach())
-        assert np.array_equal(arrays["last"], state["model"]["features.0.weight"])
+        assert np.array_equal(arrays["last"], state["filters"][1])
+    assert torch.equal(state["filters"][2], state["model"]["features.0.weight"])
     monkeypatch.setattr(common, "write_atomic", interrupt)
     with pytest.raises(KeyboardInterrupt):
         common.write_result(tmp_path, result | {"best_epoch": 1, "seed": 0, "run": "other"}, state)
