@@ -47,7 +47,7 @@ import common
 from common import Run, Settings, Split, build, convnet, positive
 from parts import machine
 from parts.augment import augment
-from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, convert, convolution_rule, winograd
+from parts.layers import Conv2d, ConvolutionAsProduct, Dropout, convolution_rule, winograd
 from q3_augment_dropout import BLUR, CROP, FLIP, GRAY, JITTER
 from q4_vgg_transfer import VGG, vgg
 
@@ -88,15 +88,12 @@ def plain_batches(settings: Settings, data_dir: Path | None) -> Iterator:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def as_plain(module: nn.Module) -> nn.Module:
-    """PyTorch's own layer in place of ours, with its very parameters; of a network, the network with every layer so."""
-    if isinstance(module, Dropout):
-        return nn.Dropout(module.p)
-    if isinstance(module, Conv2d):
-        return convert(module, nn.Conv2d)
-    for name, child in module.named_children():
-        setattr(module, name, as_plain(child))
-    return module
+def as_plain(model: nn.Module) -> nn.Module:
+    """The network, with PyTorch's own layers from now on in place of ours."""
+    for layer in model.modules():
+        if isinstance(layer, (Conv2d, Dropout)):
+            layer.__class__ = type(layer).__base__
+    return model
 
 
 def plain_setup(run: Run, network: Callable, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -118,7 +118,7 @@ class Run:
     """
 
     name: str
-    settings: Settings = Settings()
+    settings: Settings
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
@@ -327,9 +327,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     for later. prepare(model, data, settings) returns the data to train on in their place.
     """
     settings, first = run.settings, first_logits(model, data["train"], run.settings)
-    state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model)
-    state.setdefault("first_logits", first)  # older checkpoints lack it, the defaults, and the scaler below
-    state["settings"] = shaping(settings.as_dict()) | state["settings"]
+    state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model, first)
     history = state["history"]
     if stops_after(history, settings):
         return state
@@ -339,7 +337,7 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state.get("scaler", {}))
+        scaler.load_state_dict(state.get("scaler", {}))  # older checkpoints lack it
     start = time.perf_counter()
     data = prepare(model, data, settings) if prepare else data
     network = machine.distribute(model, device)
@@ -436,7 +434,7 @@ def evaluate(model: nn.Module, split: Split, settings: Settings, rng=None) -> tu
     return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
-def stopping_epoch(accuracies: Sequence[float], epochs: int, patience: int | None = None) -> int | None:
+def stopping_epoch(accuracies: Sequence[float], epochs: int, patience: int | None) -> int | None:
     """The epoch (from 1) after which training ends; None while it goes on.
 
     It ends after `epochs`, or when `patience` epochs since the best one had a validation accuracy below it. As in the
@@ -504,7 +502,7 @@ def require_finite(loss: float, name: str, epoch: int) -> None:
 
 def make_progress(run: Run, images: int, epochs_done: int) -> tqdm:
     """A bar over all images of all epochs, at their average speed; of the first process, on a terminal."""
-    total, done, hide = run.settings.epochs * images, epochs_done * images, True if rank() else None
+    total, done, hide = run.settings.epochs * images, epochs_done * images, rank() or None  # None: without a terminal
     return tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0, disable=hide)
 
 
@@ -521,7 +519,7 @@ def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
+def new_checkpoint(settings: Settings, model: nn.Module, first: Tensor) -> dict:
     """What a checkpoint holds before the first epoch. Every epoch adds to it:
 
     settings, network         `shaping`; the printed network
@@ -533,8 +531,9 @@ def new_checkpoint(settings: Settings, model: nn.Module) -> dict:
     model, best               state dicts: the last weights, those of the best validation accuracy of all its epochs
     optimizer, scaler         state dicts: the optimiser's, the loss scale's (fp16)
     """
-    state = {"settings": shaping(settings.as_dict()), "network": str(model), "environments": [], "history": []}
-    return state | {"step_losses": [], "predictions": [], "filters": [first_filters(model)]}
+    state = {"settings": shaping(settings.as_dict()), "network": str(model), "first_logits": first}
+    state |= {"environments": [], "history": [], "step_losses": [], "predictions": []}
+    return state | {"filters": [first_filters(model)]}
 
 
 @torch.no_grad()
@@ -585,13 +584,14 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(bad)
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = {"first_logits": first} | torch.load(path, weights_only=True, map_location="cpu")
+        state["settings"] = shaping(settings.as_dict()) | state["settings"]  # older ones lack both
         different = other_settings(state, settings)
         shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
         same_network = state["network"] == str(model) and shapes == expected
-        logits, spread = state.get("first_logits", first), (first - first.mean(0)).norm()
+        logits, spread = state["first_logits"], (first - first.mean(0)).norm()
         same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread  # rounding: 0.0001
-        if missing := {*new_checkpoint(settings, model), "best", "optimizer"} - state.keys():
+        if missing := {*new_checkpoint(settings, model, first), "best", "optimizer"} - state.keys():
             raise KeyError(missing)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -772,8 +772,7 @@ def train_runs(
     paths = {args.checkpoint_dir / f"{run.settings.key()}.pt": run for run in runs}
     if args.fresh:
         put_aside(paths)
-    hide = True if rank() else None  # None: without a terminal
-    for path, run in tqdm(paths.items(), "reading checkpoints", leave=False, delay=2, disable=hide):
+    for path, run in tqdm(paths.items(), "reading checkpoints", leave=False, delay=2, disable=rank() or None):
         if path.exists() and not args.fresh:
             model = build(run, device, network)
             load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
@@ -785,11 +784,12 @@ def train_runs(
             if str(model) not in shown and rank() == 0:
                 say(describe(model))
             shown.add(str(model))
-            parameters = all_parameters(model)
-            state = train(run, model, data, device, path, prepare)
-            result = make_result(question, run, parameters, state, data["test"].labels)
-            with results_lock(args) if rank() == 0 else nullcontext():
-                new = rank() == 0 and write_result(output_folder(args) / question / run.name, result, state)
+            parameters = all_parameters(model)  # before `distribute` exchanges layers
+            state, new = train(run, model, data, device, path, prepare), False
+            if rank() == 0:
+                result = make_result(question, run, parameters, state, data["test"].labels)
+                with results_lock(args):
+                    new = write_result(output_folder(args) / question / run.name, result, state)
         if new:
             yield run
 

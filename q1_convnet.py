@@ -31,7 +31,7 @@ CLAIMS = [
     ),
 ]
 
-QUESTION = Question("q1", "q1_convnet.py", "Question 1: a convolutional network for CIFAR-10", RUNS, CLAIMS)
+QUESTION = Question("q1", "q1_convnet.py", __doc__, RUNS, CLAIMS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -116,10 +116,8 @@ def mark_stops(axes, whole: Result, curve: str, patiences: Sequence[int], color:
         axes.text(stop, 1.01 + 0.04 * row, ", ".join(names), color=color, ha="center", fontsize=8, transform=place)
 
 
-TITLE = "Question 2: batch normalisation and early stopping"
-QUESTION = Question(
-    "q2", "q2_batchnorm_earlystop.py", TITLE, RUNS, CLAIMS, figures, baselines=("convnet", "convnet_full")
-)
+BASELINES = ("convnet", "convnet_full")
+QUESTION = Question("q2", "q2_batchnorm_earlystop.py", __doc__, RUNS, CLAIMS, figures, BASELINES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -244,16 +244,13 @@ def preview_runs(runs: Sequence[Run], args: argparse.Namespace) -> None:
             say(str(path))
 
 
-TITLE = "Question 3: augmentation and dropout"
-QUESTION = Question("q3", "q3_augment_dropout.py", TITLE, RUNS, CLAIMS, figures, baselines=("baseline", "baseline_20"))
+BASELINES = ("baseline", "baseline_20")
+QUESTION = Question("q3", "q3_augment_dropout.py", __doc__, RUNS, CLAIMS, figures, BASELINES)
 
 
 def rate(text: str) -> float:
     """Type of --dropout."""
-    try:
-        value = round(float(text), 4)
-    except ValueError:
-        value = -1.0
+    value = round(float(text), 4)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a rate between 0 and 1, not '{text}'")
     return value

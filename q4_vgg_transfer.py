@@ -17,6 +17,7 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import report.figures as fig
 from common import Run, Settings, Split, autocast, make_parser, select_runs, train_runs
 from parts.augment import HorizontalFlip
-from parts.layers import convert
+from parts.layers import Conv2d
 from parts.machine import UserError, expand, file_lock, first_line, rank, session
 from report.claims import Claim, better
 from report.numbers import Result, Results, figures_of, name_of, read_arrays
@@ -92,8 +93,10 @@ class VGG11(nn.Module):
     def __init__(self, backbone: str = "trained"):
         super().__init__()
         self.backbone = backbone
-        layers = [convert(layer) if isinstance(layer, nn.Conv2d) else layer for layer in vgg11_bn().features]
-        self.features = nn.Sequential(*layers).requires_grad_(backbone == "trained")
+        self.features = vgg11_bn().features.requires_grad_(backbone == "trained")
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                layer.__class__ = Conv2d  # the same parameters, computed faster on CPUs
         self.head = nn.Sequential(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10))
 
     def train(self, mode: bool = True) -> "VGG11":
@@ -138,7 +141,8 @@ def imagenet_weights() -> dict:
     """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
     try:
-        with file_lock(cached.with_suffix(".lock")):  # one process downloads them
+        # one process downloads them; a folder that others fill may not be ours to write
+        with nullcontext() if cached.exists() else file_lock(cached.with_suffix(".lock")):
             tensors = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
         if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(cached.stem.split("-")[1]):
             raise ValueError("its SHA-256 is another")
@@ -211,7 +215,7 @@ def compute_features(model: VGG11, split: Split, settings: Settings, name: str) 
     model.eval()
     device, features = split.labels.device, []
     batches = torch.arange(len(split)).split(settings.batch_size)
-    for index in tqdm(batches, desc=f"features of the {name} images", disable=True if rank() else None):
+    for index in tqdm(batches, desc=f"features of the {name} images", disable=rank() or None):
         images, _ = split.batch(index, settings)
         with autocast(settings, device):
             both = [model.features(view).flatten(1).float() for view in (images, images.flip(3))]
@@ -263,9 +267,8 @@ def plot_steps(trained: Sequence[Result]) -> fig.Figure:
     return figure
 
 
-TITLE = "Question 4: VGG11_bn, frozen, fine-tuned and from scratch"
 QUESTION = Question(
-    "q4", "q4_vgg_transfer.py", TITLE, RUNS, CLAIMS, figures, baselines=("scratch",), beside=("q1/convnet",)
+    "q4", "q4_vgg_transfer.py", __doc__, RUNS, CLAIMS, figures, baselines=("scratch",), beside=("q1/convnet",)
 )
 
 

@@ -111,13 +111,12 @@ def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
         minutes = np.cumsum(result.curves["seconds"]) / 60
         (line,) = axes.plot(minutes, result.curves["validation_accuracy"], ".-", color=color, label=label, linewidth=1)
         color, label = line.get_color(), None
-        epoch = result.best_epoch if result.weights == "best" else result.epochs
+        epoch = result.best_epoch if result.chosen_weights == "best" else result.epochs
         axes.plot(minutes[epoch - 1], measure(result, "test"), "s", color=color)
 
 
-TITLE = "Question 5, beyond the report: the same network at its best"
 QUESTION = Question(
-    "q5", "q5_modern_recipe.py", TITLE, RUNS, figures=figures, baselines=("fast",), beside=("q2/batchnorm",)
+    "q5", "q5_modern_recipe.py", __doc__, RUNS, figures=figures, baselines=("fast",), beside=("q2/batchnorm",)
 )
 TUNING_TITLE = "Question 5: settings tried on held-out training images"
 TUNING_QUESTION = Question("q5_tuning", "q5_modern_recipe.py --tune", TUNING_TITLE, TUNING, baselines=("fast", "heavy"))

@@ -164,15 +164,6 @@ class Conv2d(nn.Conv2d):
         return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), products)
 
 
-def convert(layer: nn.Conv2d, to: type[nn.Conv2d] = Conv2d) -> nn.Conv2d:
-    """The same convolution as a layer of another class, with its very parameters; nothing is drawn."""
-    shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-    with torch.device("meta"):
-        converted = to(*shape, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
-    converted.weight, converted.bias = layer.weight, layer.bias
-    return converted
-
-
 class Dropout(nn.Dropout):
     """nn.Dropout; on a CPU its mask is cut from 64-bit integers, four units from each, instead of one draw a unit.
 

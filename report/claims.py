@@ -52,7 +52,7 @@ def by_eye(text: str) -> Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the report's ten conclusions. The first of its parts matters most."""
+    """One of the report's ten conclusions. Where none of its parts is told, the overview shows the first."""
 
     number: int
     text: str

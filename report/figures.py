@@ -163,7 +163,7 @@ def plot_accuracy(found: Sequence[Result]) -> Figure:
 
 def plot_confusion(found: Sequence[Result]) -> Figure:
     """Confusion matrix of the result's weights on all test images, summed over seeds; percent of the true class."""
-    counts = sum(result.confusion[result.weights] for result in found)
+    counts = sum(result.confusion[result.chosen_weights] for result in found)
     percent = 100 * counts / counts.sum(1, keepdims=True)
     heading = title(found[0], f"{name_of(found[0].run)}, test confusion (% of the true class)")
     figure = Figure(figsize=(7, 6))

@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 WIDE = 10  # points to either side: an interval so wide says little
 UNSTEADY_DROPOUT = 0.4  # from this rate on seeds lie further apart than elsewhere: before the pooling by many points
 
+tell_once = functools.cache(tell)  # results are read several times
+
 
 # ----------------------------------------------------------------------------------------------------------- results
 
@@ -59,7 +61,7 @@ class Result:
         return len(split_name(self.run)) > 1
 
     @property
-    def weights(self) -> str:
+    def chosen_weights(self) -> str:
         """Which weights are the result: the best ones, but the last ones of a schedule that ends at zero."""
         return "last" if self.settings["schedule"] == "linear" else "best"
 
@@ -103,10 +105,11 @@ def read_result(path: Path) -> Result:
             confusion={weights: np.array(tests[weights]["confusion"]).reshape(10, 10) for weights in ("best", "last")},
             digest=hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16],
         )
-        [(here["device"], here["precision"], here["torch"], here["from_epoch"]) for here in result.environments]
+        lacking = any({"device", "precision", "torch", "from_epoch"} - here.keys() for here in result.environments)
         finite = all(np.isfinite(numbers).all() for numbers in [*result.curves.values(), *result.tests.values()])
-        if not finite or path.stem != f"seed{result.seed}" or not 0 < result.best_epoch <= result.epochs:
-            raise ValueError("a number in it is impossible")
+        impossible = path.stem != f"seed{result.seed}" or not 0 < result.best_epoch <= result.epochs
+        if lacking or not finite or impossible:
+            raise ValueError("a part is missing, or a number in it is impossible")
         return result
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -127,7 +130,7 @@ def read_run(folder: Path, sample: bool = False, replaced: Collection[Path] = ()
     found.sort(key=lambda result: result.seed)
     for result in found:
         if (result.question, result.run) != (folder.parent.name, folder.name):
-            tell(f"{folder} holds results of {result.question}'s {result.run}, a copy: not counted")
+            tell_once(f"{folder} holds results of {result.question}'s {result.run}, a copy: not counted")
             return []
         if result.is_sample != sample:
             where, data = "the sample's" if sample else "CIFAR-10's", result.settings["data"]
@@ -141,9 +144,9 @@ def read_run(folder: Path, sample: bool = False, replaced: Collection[Path] = ()
 def require_same_settings(result: Result, settings: dict, of: object) -> None:
     """But for the seed, and the precision, which tables name where it differs. Raises UserError."""
     for name, value in settings.items():
-        if name not in ("seed", "precision") and result.settings[name] != value:
+        if name not in ("seed", "precision") and result.settings.get(name) != value:
             raise UserError(
-                f"{result.path} has {name} {result.settings[name]!r}, but {of} has {value!r}: "
+                f"{result.path} has {name} {result.settings.get(name)!r}, but {of} has {value!r}: "
                 "a run's results must have the same settings; move this one away, or rename the run"
             )
 
@@ -254,7 +257,7 @@ def gap(result: Result) -> float:
 
 
 MEASURES = {  # numbers of one training
-    "test": lambda result: result.tests[result.weights, "all_images"],
+    "test": lambda result: result.tests[result.chosen_weights, "all_images"],
     "alike": lambda result: result.tests["last", "report_images"],  # as the report tests
     "validation": lambda result: result.curves["validation_accuracy"][result.best_epoch - 1],
     "alike_validation": lambda result: result.as_the_report("validation_accuracy").max(),
@@ -315,8 +318,11 @@ def steady_noise(runs: Iterable[Sequence[Result]], what: str) -> Noise | None:
     for results in runs:
         if results and results[0].is_steady and not results[0].is_trial:
             trainings.setdefault(results[0].training(), []).append(values(results, what))
-    most = {training: max(map(len, readings)) for training, readings in trainings.items()}
-    return pooled([r for r in readings if len(r) == most[training]] for training, readings in trainings.items())
+    groups = []
+    for readings in trainings.values():
+        most = max(map(len, readings))  # a reading of fewer seeds than another says nothing new
+        groups.append([reading for reading in readings if len(reading) == most])
+    return pooled(groups)
 
 
 class Difference(NamedTuple):
@@ -387,11 +393,10 @@ def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
         for run, printed in runs.items():
             if "test" in printed and (question, run) != ("q2", "convnet"):
                 found[question, run] = questions[question].get(run, [])
-    networks = {results[0].settings["network"] for results in found.values() if results}
-    noise = {network: noise_alike(found.values(), network) for network in networks}
     rows = []
     for (question, run), results in found.items():
-        half = one_more(results, "alike", noise[results[0].settings["network"]]) if results else None
+        noise = noise_alike(found.values(), results[0].settings["network"]) if results else None
+        half = one_more(results, "alike", noise) if results else None
         rows.append(ReportRow(question, run, reported(question, run)["test"], results, half))
     return rows
 

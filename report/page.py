@@ -29,7 +29,7 @@ class Question:
 
     name: str  # "q1"
     command: str  # that trains it: "q1_convnet.py"
-    title: str
+    doc: str  # its manual; the first line heads the page
     runs: Sequence[Run]
     claims: Sequence[Claim] = ()
     figures: Callable[[Results], dict[str, Figure]] = lambda results: {}  # of all runs, by file name
@@ -101,8 +101,8 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
             save_figure(figure, folder / name, args.figures)
         claims = [] if args.sample else judge_claims(question.claims, results)
         if claims:
-            content = {"made_by": MADE_BY, "claims": claims}
-            figures.write_ours(folder / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
+            text = json.dumps({"made_by": MADE_BY, "claims": claims}, indent=1) + "\n"
+            figures.write_ours(folder / "claims.json", text.encode())
         shown = list(drawings) or [f"{run}/{name}.png" for run in own for name in RUN_FIGURES]
         content = question_content(question, own, results, args) | {"claims": claims, "figures": shown}
         write_page(folder / "README.md", "question.md.jinja", content)
@@ -153,7 +153,7 @@ def question_content(question: Question, own: Results, results: Results, args: a
     runs = dict.fromkeys([*(run.name for run in question.runs), *own])
     table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
     if args.sample:  # without the report's columns
-        table = [[*row[:2], *row[4:7], row[8]] for row in table]
+        table = [[cell for head, cell in zip(HEAD, row) if "report" not in head] for row in table]
     return {
         "question": question,
         "sample": args.sample,
@@ -298,14 +298,15 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
     every = [result for results in questions.values() for result in chain(*results.values())]
     readings = {(r.training(), r.settings["epochs"], r.seed): r for r in every if not r.settings["patience"]}
     content |= {"readings": list(readings.values()), "stopped": [r for r in every if r.settings["patience"]]}
-    return content | augmentations(questions["q3"])
+    return content | question_3_content(questions["q3"])
 
 
-def augmentations(q3: Results) -> dict:
+def question_3_content(q3: Results) -> dict:
     """Question 3's runs; what the report's validation adds to those with an augmentation; the best three of them."""
     augmented = {run: found for run, found in q3.items() if "augmented_validation_accuracy" in found[0].curves}
     added = sorted((mean(found, "augmentation_adds"), run) for run, found in augmented.items())
     top = sorted(augmented.values(), key=lambda found: mean(found, "test"), reverse=True)[:3]
     apart = difference(*top[:2], "test", numbers.steady_noise(q3.values(), "test")) if len(top) > 1 else None
-    rates = [rate for rate in ("0.5", "0.6") if {f"dropout_{rate}", f"dropout_after_pool_{rate}"} <= q3.keys()]
+    after_pool = [run.removeprefix("dropout_after_pool_") for run in q3 if run.startswith("dropout_after_pool_")]
+    rates = [rate for rate in after_pool if f"dropout_{rate}" in q3]
     return {"q3": q3, "rates": rates, "augmented": added, "top": top, "apart": apart}
