@@ -67,7 +67,7 @@ def test_three_processes_agree_with_one_and_one_goes_on_after_a_kill(finished, k
     losses = [state["step_losses"][0][:FIRST_STEPS] for state in (three, one)]
     torch.testing.assert_close(*losses, atol=STEP_TOLERANCE, rtol=0)
     assert three["history"][0]["validation_loss"] == pytest.approx(one["history"][0]["validation_loss"], rel=0.1)
-    assert three["predictions"][0].count_nonzero() > 0.6 * one["predictions"][0].count_nonzero()  # of every process
+    assert three["predictions"][0].count_nonzero() >= 0.6 * one["predictions"][0].count_nonzero()  # of every process
     q1_convnet.main(three_epochs(killed))
     err = capsys.readouterr().err
     assert "epoch 2/3" in err and "epoch 1/3" not in err
