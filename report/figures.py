@@ -190,11 +190,12 @@ RUN_FIGURES = {"losses": plot_losses, "accuracy": plot_accuracy, "filters": plot
 
 def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
     """RUN_FIGURES of one run, all seeds, beside its results; of those that are drawn already only with `anew`."""
-    stamp = "-".join(result.digest for result in found)
     for name, plot in RUN_FIGURES.items():
+        shown = found[:1] if plot is plot_filters else found
+        stamp = "-".join(result.digest for result in shown)
         path = found[0].path.with_name(f"{name}.png")
         if anew or not is_drawn(path, stamp) or (also and not is_drawn(path.with_suffix(f".{also}"), stamp)):
-            save_figure(plot(found), path, also, stamp)
+            save_figure(plot(shown), path, also, stamp)
 
 
 SCALE = (0, 60, 100), (0, 0.27, 1)  # percent, and how far to the right of the overview they are
