@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.numbers import UNITS, Difference, Results, difference, mean, name_of, steady_noise
+from report.numbers import DIGITS, UNITS, Difference, Results, difference, mean, name_of, steady_noise
 
 MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "not run": "–", "by eye": "◦"}
 
@@ -92,7 +92,7 @@ def judge(part: Part, results: Results) -> dict:
         "runs": runs,
         "on": part.on,
         "difference": found.value,
-        "half": None if found.half is None else round(found.half, 3),
+        "half": None if found.half is None else round(found.half, DIGITS.get(part.on, 2)),
         "unit": UNITS.get(part.on, "points"),
     }
 

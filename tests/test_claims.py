@@ -4,6 +4,8 @@ import pytest
 
 from made import make, seeds
 from report.claims import about_equal, better, by_eye, judge, narrowest_gap, overfits
+from report.numbers import difference, steady_noise
+from report.page import in_words, interval_in_words
 
 LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [78.0, 78.2, 78.4])}
 
@@ -22,6 +24,13 @@ LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [
 )
 def test_marks(part, mark):
     assert judge(part, LEVEL)["mark"] == mark
+
+
+def test_a_part_is_printed_as_the_table_prints_the_same_difference():
+    """Half of the interval is 1.8253: rounded to 1.825 in between it would become 1.82."""
+    results = {"a": seeds("a", [84, 84.8052, 85.6104], batch_norm=True), "b": seeds("b", [80, 80.8052, 81.6104])}
+    found = difference(results["a"], results["b"], "test", steady_noise(results.values(), "test"))
+    assert interval_in_words(judge(better("a", "b"), results)) == f"{in_words(*found)} points" == "+4.00 ± 1.83 points"
 
 
 def with_losses(run, training, lasts, **settings):
