@@ -145,7 +145,8 @@ def plot_augmentations(results: Results) -> fig.Figure:
     figure.legend(legend.values(), legend.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
     for axes in grid[len(runs) :]:
         axes.axis("off")
-    figure.suptitle(fig.title(results[runs[0]][0], "augmentations"))
+    heading = "augmentations (accuracy: best weights, all test images)"
+    figure.suptitle(fig.title(results[runs[0]][0], heading))
     figure.tight_layout()
     return figure
 
@@ -166,7 +167,8 @@ def plot_bars(rates: dict[float, list[Result]]) -> fig.Figure:
     first = rates[min(rates)][0]
     figure, axes = fig.new_axes(first, "the report's Figure 30", "best validation accuracy (%)")
     ours = {p: mean(found, "validation") for p, found in rates.items()}
-    axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours")
+    axes.bar([p - 0.018 for p in ours], list(ours.values()), width=0.035, label="ours: mean, and a dot per seed")
+    plot_seeds(axes, rates, "validation", "tab:cyan", -0.018)
     for theirs in [] if first.is_sample else figures_of("dropout"):
         bars = {float(p): value for p, value in theirs["bars"].items()}
         axes.bar([p + 0.018 for p in bars], list(bars.values()), width=0.035, color="0.6", label="report, Figure 30")
@@ -199,11 +201,16 @@ def plot_sweep(runs: dict[float, list[Result]], heading: str, xlabel: str, basel
 
 
 def plot_rates(axes, runs: dict[float, list[Result]], what: str, **style) -> None:
-    """A measure over a rate: the means as a line, and a dot per seed."""
+    """A measure over a rate: the means as a line, and the seeds."""
     axes.plot(list(runs), [mean(found, what) for found in runs.values()], "-", **style)
+    plot_seeds(axes, runs, what, style["color"])
+
+
+def plot_seeds(axes, runs: dict[float, list[Result]], what: str, color: str, shift: float = 0.0) -> None:
+    """A dot per seed."""
     for x, found in runs.items():
         seeds = values(found, what)
-        axes.plot([x] * len(seeds), seeds, "o", color=style["color"], markersize=4)
+        axes.plot([x + shift] * len(seeds), seeds, "o", color=color, markersize=4)
 
 
 def plot_as_the_report(axes, runs: dict[float, list[Result]]) -> None:
@@ -211,7 +218,7 @@ def plot_as_the_report(axes, runs: dict[float, list[Result]]) -> None:
     printed = {x: reported("q3", found[0].run) for x, found in runs.items()}
     theirs = {x: numbers["test"] for x, numbers in printed.items() if "test" in numbers}
     ours = {x: mean(runs[x], "alike") for x in theirs}
-    for name, points, color in (("report", theirs, "black"), ("ours", ours, "tab:blue")):
+    for name, points, color in (("report", theirs, "black"), ("our means", ours, "tab:blue")):
         axes.plot(list(points), list(points.values()), "x", color=color, label=f"{name}, last weights, 1,000 images")
 
 

@@ -90,7 +90,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
         return {}
     first = results[timed[0]][0]
     machine = first.environments[-1]["device"]
-    figure, axes = fig.new_axes(first, f"accuracy over time, on {machine}", "accuracy (%)")
+    figure, axes = fig.new_axes(first, f"accuracy over time, seeds on {machine}", "accuracy (%)")
     for run in timed:  # another machine's minutes are not comparable
         if found := [r for r in results[run] if {e["device"] for e in r.environments} == {machine}]:
             plot_over_minutes(axes, run, found)
@@ -106,7 +106,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
 def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
     """Validation accuracy of every seed, a dot an epoch; a square for the accuracy on all test images."""
     name = "question 2's batch norm, the report's settings" if run == "batchnorm" else run
-    color, label = None, f"{name}: validation; square: test"
+    color, label = None, f"{name}: validation; square: test, {found[0].chosen_weights} weights"
     for result in found:
         minutes = np.cumsum(result.curves["seconds"]) / 60
         (line,) = axes.plot(minutes, result.curves["validation_accuracy"], ".-", color=color, label=label, linewidth=1)
