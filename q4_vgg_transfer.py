@@ -38,6 +38,7 @@ from report.numbers import Result, Results, figures_of, name_of, read_arrays
 from report.page import Question, check_pages, finish_pages, update_pages
 
 IMAGENET = VGG11_BN_Weights.IMAGENET1K_V1
+IMAGENET_HASH = Path(IMAGENET.url).stem.split("-")[1]  # its SHA-256 begins with this
 MIRROR = HorizontalFlip(p=0.5)
 VGG = Settings(
     network="VGG11",
@@ -121,7 +122,7 @@ def vgg(settings: Settings, weights: dict[str, Tensor] | None = None) -> VGG11:
 
 def find_weights(option: str) -> tuple[list[Run], dict[str, Tensor] | None]:
     """The runs that --weights asks for, and a file's backbone as a state dict; the file names its runs, with its hash.
-    Raises UserError where it cannot be read, or is not of vgg11_bn.
+    Raises UserError where it cannot be read, or is not of vgg11_bn. torchvision's own file is no stand-in.
     """
     if option in ("imagenet", "none"):
         return RUNS if option == "imagenet" else [SCRATCH], None
@@ -130,21 +131,23 @@ def find_weights(option: str) -> tuple[list[Run], dict[str, Tensor] | None]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read --weights {path}: {error.strerror}") from error
+    tensors = feature_tensors(read_weights(content, path), option)
     digest = hashlib.sha256(content).hexdigest()
+    if digest.startswith(IMAGENET_HASH):
+        return RUNS, tensors
     label = f"{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem)[:60]}_{digest[:8]}"
     name = path.name.encode(errors="replace").decode()  # a name that is not UTF-8
-    tensors = feature_tensors(read_weights(content, path), option)
     return [*transfer_runs(label, f"{name} sha256:{digest}"), SCRATCH], tensors
 
 
 def imagenet_weights() -> dict:
-    """torchvision's, from where torch keeps what it has downloaded; the hash's beginning is part of the name."""
+    """torchvision's, from where torch keeps what it has downloaded."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
     try:
         # one process downloads them; a folder that others fill may not be ours to write
         with nullcontext() if cached.exists() else file_lock(cached.with_suffix(".lock")):
             tensors = IMAGENET.get_state_dict(progress=rank() == 0, check_hash=True, weights_only=True)
-        if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(cached.stem.split("-")[1]):
+        if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(IMAGENET_HASH):
             raise ValueError("its SHA-256 is another")
         return tensors
     except Exception as error:  # the network, or a damaged file

@@ -89,10 +89,10 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     if not {"fast", "strong"} & set(timed):
         return {}
     first = results[timed[0]][0]
-    machine = first.environments[-1]["device"]
-    figure, axes = fig.new_axes(first, f"accuracy over time, seeds on {machine}", "accuracy (%)")
+    here = places(first)
+    figure, axes = fig.new_axes(first, f"accuracy over time, seeds on {' and '.join(sorted(here))}", "accuracy (%)")
     for run in timed:  # another machine's minutes are not comparable
-        if found := [r for r in results[run] if {e["device"] for e in r.environments} == {machine}]:
+        if found := [result for result in results[run] if places(result) == here]:
             plot_over_minutes(axes, run, found)
     if not first.is_sample:
         best = reported("q3", "crop_flip")["test"]
@@ -101,6 +101,11 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     axes.set(xlabel="minutes of training, evaluation included", xlim=(0, None))
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return {"time.png": figure}
+
+
+def places(result: Result) -> set[str]:
+    """Where it was trained, and in which precision."""
+    return {f"{here['device']} ({here['precision']})" for here in result.environments}
 
 
 def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:

@@ -300,7 +300,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; a training keeps its finished epochs, and the same command (without --fresh) goes on"
+        return "interrupted; a question's script keeps its finished epochs: the same command (without --fresh) goes on"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device"
     if "no kernel image" in str(error):

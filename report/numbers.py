@@ -333,15 +333,13 @@ class Difference(NamedTuple):
 
 
 def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise: Noise | None) -> Difference:
-    """one - other. noise: of the question's steady runs. Readings of the same trainings are compared seed by seed, over
-    the seeds both have; unsteady runs by Welch's test, which needs several seeds of both.
+    """one - other. noise: of the question's steady runs. Two readings of the same trainings are compared seed by seed,
+    unsteady runs by Welch's test, which needs several seeds of both.
     """
-    shared = [(a, b) for a in one for b in other if a.identity() == b.identity()]
-    one, other = zip(*shared) if shared else (one, other)
     value = round(mean(one, what) - mean(other, what), DIGITS.get(what, 2))
     ours, theirs = values(one, what), values(other, what)
     factor = 1 / len(ours) + 1 / len(theirs)
-    if shared:
+    if [result.identity() for result in one] == [result.identity() for result in other]:
         noise, factor = pooled([ours - theirs]), 1 / len(ours)
     elif not (one[0].is_steady and other[0].is_steady):
         if min(len(ours), len(theirs)) == 1 or not np.ptp(ours) + np.ptp(theirs):
@@ -436,5 +434,7 @@ def name_of(run: str) -> str:
     text = name
     for pattern, words in NAMES.items():
         text = re.sub(pattern, words, text)
+    if options:
+        text = re.sub(r" \(\d+ epochs\)", "", text)
     text = text.replace("_", " + " if name.startswith("crop_") else " ")
     return ", ".join(["VGG11_bn from scratch" if name == "scratch" else text, *options])

@@ -152,14 +152,15 @@ def question_content(question: Question, own: Results, results: Results, args: a
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     runs = dict.fromkeys([*(run.name for run in question.runs), *own])
     table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
-    if args.sample:  # without the report's columns
-        table = [[cell for head, cell in zip(HEAD, row) if "report" not in head] for row in table]
+    columns = [column for column in zip(*table) if set(column[1:]) != {"-"}]
+    if args.sample:
+        columns = [column for column in columns if "report" not in column[0]]
     return {
         "question": question,
         "sample": args.sample,
         "findings": findings.read_text(encoding="utf-8", errors="replace").strip() if findings.exists() else "",
         "own": own,
-        "table": table,
+        "table": list(zip(*columns)),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),

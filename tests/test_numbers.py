@@ -94,6 +94,7 @@ def test_names_for_people():
     names["frozen_my_file_0a1b2c3d"] = "frozen on my file 0a1b2c3d (a stand-in)"
     names["frozen_vgg_30epochs_0a1b2c3d"] = "frozen on vgg 30epochs 0a1b2c3d (a stand-in)"
     names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
+    names |= {"baseline": "baseline (30 epochs)", "baseline_5epochs": "baseline, 5epochs"}
     assert {run: name_of(run) for run in names} == names
 
 
@@ -141,8 +142,7 @@ def test_readings_of_the_same_trainings_are_compared_seed_by_seed_and_unsteady_r
     one, other = seeds("a", [80, 81, 85]), seeds("b", [79, 80.2, 84.1], patience=5)
     found = difference(one, other, "test", Noise(9, 6))
     assert found.half == pytest.approx(t.ppf(0.975, 2) * np.std([1, 0.8, 0.9], ddof=1) / math.sqrt(3))
-    assert difference(one, other[:2], "test", None) == difference(one[:2], other[:2], "test", None)  # the shared seeds
-    assert difference(one, other[1:2], "test", Noise(9, 6)) == (0.8, None)
+    assert difference(one, other[:2], "test", Noise(9, 6)).half > 9  # not the same seeds: two runs like any
     elsewhere = seeds("b", [79, 80.2, 84.1], curves={"train_loss": [1.1, 0.5]})  # another precision's, say
     assert difference(one, elsewhere, "test", Noise(9, 6)).half > 9
     assert difference(one, seeds("b", [79, 80, 84], patience=5), "test", Noise(9, 6)).half is None  # all alike
