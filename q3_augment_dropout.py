@@ -145,8 +145,7 @@ def plot_augmentations(results: Results) -> fig.Figure:
     figure.legend(legend.values(), legend.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
     for axes in grid[len(runs) :]:
         axes.axis("off")
-    heading = "augmentations (accuracy: best weights, all test images)"
-    figure.suptitle(fig.title(results[runs[0]][0], heading))
+    figure.suptitle(fig.title(results[runs[0]][0], "augmentations (test accuracy: best weights, all images)"))
     figure.tight_layout()
     return figure
 

@@ -152,15 +152,13 @@ def question_content(question: Question, own: Results, results: Results, args: a
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     runs = dict.fromkeys([*(run.name for run in question.runs), *own])
     table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
-    columns = [column for column in zip(*table) if set(column[1:]) != {"-"}]
-    if args.sample:
-        columns = [column for column in columns if "report" not in column[0]]
+    shown = [c for c in zip(*table) if set(c[1:]) != {"-"} and not (args.sample and "report" in c[0])]  # columns
     return {
         "question": question,
         "sample": args.sample,
         "findings": findings.read_text(encoding="utf-8", errors="replace").strip() if findings.exists() else "",
         "own": own,
-        "table": list(zip(*columns)),
+        "table": list(zip(*shown)),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
