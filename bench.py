@@ -88,20 +88,14 @@ def plain_batches(settings: Settings, data_dir: Path | None) -> Iterator:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def as_plain(model: nn.Module) -> nn.Module:
-    """The network, with PyTorch's own layers from now on in place of ours."""
+def plain_setup(run: Run, network: Callable, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The run's network with PyTorch's own layers in place of ours, NCHW, and the default Adam."""
+    model = build(run, device, network).to(memory_format=torch.contiguous_format)
     for layer in model.modules():
         if isinstance(layer, (Conv2d, Dropout)):
             layer.__class__ = type(layer).__base__
-    return model
-
-
-def plain_setup(run: Run, network: Callable, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The run's network of PyTorch's own layers, NCHW, and the default Adam."""
-    model = as_plain(build(run, device, network)).to(memory_format=torch.contiguous_format)
-    return model, torch.optim.Adam(
-        model.parameters(), run.settings.learning_rate, weight_decay=run.settings.weight_decay
-    )
+    adam = torch.optim.Adam(model.parameters(), run.settings.learning_rate, weight_decay=run.settings.weight_decay)
+    return model, adam
 
 
 def plain_epoch(model, optimizer, batches: Iterator, steps: int, device: torch.device) -> None:
@@ -208,7 +202,7 @@ def convolution_shapes() -> list[tuple[int, int, int]]:
 
 
 def as_product(*tensors: Tensor) -> Tensor:
-    return ConvolutionAsProduct.apply(*tensors, (True, True, True))
+    return ConvolutionAsProduct.apply(*tensors, True)
 
 
 def time_convolution(shape: tuple[int, int, int], dtype: torch.dtype, convolve: Callable) -> list[float]:
@@ -237,9 +231,8 @@ def print_convolutions(precision: str) -> None:
     print(f"\n{'convolutions of 200 images':<28}{'output':>18}{'input gradient':>20}{'weight gradient':>20}")
     print(f"{f'in {precision}, ms':<28}{pair:>18}{pair:>20}{pair:>20}")
     for shape in convolution_shapes():
-        cells, chosen = [], rule.products(shape[2] ** 2)
-        if 0 < rule.winograd <= shape[0]:
-            chosen = (True, True, True)
+        everything = shape[2] ** 2 <= rule.product or 0 < rule.winograd <= shape[0]
+        cells, chosen = [], (everything, everything, everything or shape[2] ** 2 <= rule.weight_product)
         for their_ms, our_ms, star in zip(*(time_convolution(shape, dtype, f) for f in both), chosen):
             stars = ("", "*") if star else ("*", "")
             cells.append(f"{f'{their_ms:.1f}{stars[0]}':>10}{f'{our_ms:.1f}{stars[1]}':>9}")

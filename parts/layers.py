@@ -18,20 +18,16 @@ class ConvolutionRule(NamedTuple):
     """
 
     winograd: int = 0  # from so many input channels on: see `winograd`
-    output: int = 0  # else, up to so many pixels of output per image, each of the three results as a product
-    input_gradient: int = 0
-    weight_gradient: int = 0
-
-    def products(self, pixels: int) -> tuple[bool, ...]:
-        """Which of the three are, for an output of so many pixels."""
-        return tuple(pixels <= limit for limit in self[1:])
+    product: int = 0  # else, up to so many pixels of output per image, as matrix products
+    weight_product: int = 0  # up to so many, at least as many, only the gradient of the weights
 
     def __str__(self) -> str:
         """As `environment` in the results records it."""
         if self.winograd:
             return f"Winograd from {self.winograd} input channels on"
-        limits = [f"{name.replace('_', ' ')} up to {limit} pixels" for name, limit in zip(self._fields[1:], self[1:])]
-        return f"products: {', '.join(limits)}" if any(self) else "PyTorch's own"
+        limits = {"output": self.product, "input gradient": self.product, "weight gradient": self.weight_product}
+        words = [f"{result} up to {limit} pixels" for result, limit in limits.items()]
+        return f"products: {', '.join(words)}" if any(self) else "PyTorch's own"
 
 
 def cpu_capabilities() -> dict:
@@ -48,9 +44,9 @@ def convolution_rule(device_type: str, dtype: torch.dtype) -> ConvolutionRule:
         return ConvolutionRule(winograd=128)
     cpu = cpu_capabilities()
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("amx_bf16"):
-        return ConvolutionRule(output=16, input_gradient=16, weight_gradient=64)
+        return ConvolutionRule(product=16, weight_product=64)
     if device_type == "cpu" and dtype == torch.bfloat16 and cpu.get("avx512_bf16"):
-        return ConvolutionRule(output=16, input_gradient=16, weight_gradient=16)
+        return ConvolutionRule(product=16, weight_product=16)
     return ConvolutionRule()
 
 
@@ -106,17 +102,17 @@ def as_images(pixels: Tensor, like: Tensor) -> Tensor:
 
 
 class ConvolutionAsProduct(torch.autograd.Function):
-    """F.conv2d with padding 1 for kernels of 3 x 3, some results as one matrix product each: products says it of the
-    output, of the gradient of the input and of that of the weights.
+    """F.conv2d with padding 1 for kernels of 3 x 3, with the gradient of the weights as one matrix product, and with
+    `everything` the output and the gradient of the input too.
 
-    apply(images [N, C_in, H, W], weight [C_out, C_in, 3, 3], bias [C_out], products) -> [N, C_out, H, W].
+    apply(images [N, C_in, H, W], weight [C_out, C_in, 3, 3], bias [C_out], everything) -> [N, C_out, H, W].
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, products: tuple[bool, ...]) -> Tensor:
+    def forward(ctx, images: Tensor, weight: Tensor, bias: Tensor, everything: bool) -> Tensor:
         ctx.save_for_backward(images, weight)
-        output, *ctx.products = products
-        if not output:
+        ctx.everything = everything
+        if not everything:
             return F.conv2d(images, weight, bias, padding=1)
         kernels = weight.permute(0, 2, 3, 1).flatten(1)  # [C_out, 9 * C_in]
         return as_images(F.linear(image_patches(images), kernels, bias), images)
@@ -127,17 +123,15 @@ class ConvolutionAsProduct(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         channels = weight.shape[1]
         by_input = by_weight = None
-        input_product, weight_product = ctx.products
-        wanted = [need and not product for need, product in zip(ctx.needs_input_grad, ctx.products)]
-        if any(wanted):  # by PyTorch's kernels
-            by_input, by_weight, _ = torch.ops.aten.convolution_backward(
-                gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False]
-            )
         pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [N * H * W, C_out]
-        if ctx.needs_input_grad[0] and input_product:
+        if ctx.needs_input_grad[0] and ctx.everything:
             kernels = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)  # [9 * C_out, C_in]
             by_input = as_images(image_patches(gradient) @ kernels, images)
-        if ctx.needs_input_grad[1] and weight_product:
+        elif ctx.needs_input_grad[0]:  # by PyTorch's kernel
+            by_input, _, _ = torch.ops.aten.convolution_backward(
+                gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+            )
+        if ctx.needs_input_grad[1]:
             kernels = pixels.T @ image_patches(images)  # [C_out, 9 * C_in]
             by_weight = kernels.view(-1, 3, 3, channels).permute(0, 3, 1, 2)
         by_bias = pixels.sum(0) if ctx.needs_input_grad[2] else None
@@ -158,10 +152,11 @@ class Conv2d(nn.Conv2d):
         rule = convolution_rule(device, dtype)
         if 0 < rule.winograd <= self.in_channels:
             return winograd(images, self.weight, self.bias)
-        products = rule.products(images.shape[2] * images.shape[3])
-        if not any(products):
+        pixels = images.shape[2] * images.shape[3]
+        if pixels > rule.weight_product:
             return super().forward(images)
-        return ConvolutionAsProduct.apply(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), products)
+        tensors = (tensor.to(dtype) for tensor in (images, self.weight, self.bias))
+        return ConvolutionAsProduct.apply(*tensors, pixels <= rule.product)
 
 
 class Dropout(nn.Dropout):
