@@ -19,7 +19,7 @@ import time
 import zipfile
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,7 @@ def open_cifar10(data_dir: Path) -> list[CIFAR10]:
         with file_lock(data_dir / ".download.lock"):  # another process may be downloading it
             here = data_dir / CIFAR10.base_folder
             missing = not here.is_dir() or not any(here.iterdir())
+            missing |= (data_dir / CIFAR10.filename).exists()  # the archive: its extraction was interrupted
             return [CIFAR10(data_dir, train=train, download=missing) for train in (True, False)]
 
 
@@ -416,10 +417,7 @@ def validate(model: nn.Module, validation: Split, settings: Settings, epoch: int
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, settings: Settings, rng=None) -> tuple[float, Tensor]:
-    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. Leaves the model as it was.
-    rng: as in `Split.batch`.
-    """
-    was_training = model.training
+    """Mean cross entropy over `split`, and the predicted classes, uint8 [N] on the CPU. rng: as in `Split.batch`."""
     model.eval()
     device = split.labels.device
     total, predictions = torch.zeros((), device=device), torch.zeros(len(split), dtype=torch.uint8, device=device)
@@ -430,7 +428,6 @@ def evaluate(model: nn.Module, split: Split, settings: Settings, rng=None) -> tu
             logits = model(images)
         total += F.cross_entropy(logits.float(), labels, reduction="sum")
         predictions[index[part].to(device)] = logits.argmax(1).to(torch.uint8)
-    model.train(was_training)
     return sum_over_ranks(total).item() / len(split), sum_over_ranks(predictions).cpu()
 
 
@@ -545,9 +542,7 @@ def first_logits(model: nn.Module, split: Split, settings: Settings) -> Tensor:
     index, rng = order[: settings.batch_size], generator(settings.seed, 1, "augment")
     images, _ = split.batch(index, settings, rng, slice(32))
     model.eval()
-    logits = model(images).float().cpu()
-    model.train()
-    return logits
+    return model(images).float().cpu()
 
 
 def note_environment(state: dict, model: nn.Module, device: torch.device, precision: str) -> None:
@@ -666,7 +661,6 @@ def write_result(run_folder: Path, result: dict, state: dict) -> bool:
     last, filters, buffer = len(result["history"]), state["filters"], io.BytesIO()
     losses = torch.stack(state["step_losses"][:last]).numpy()
     np.savez_compressed(buffer, step_losses=losses, before=filters[0].numpy(), last=filters[last].numpy())
-    path.unlink(missing_ok=True)  # an interrupt must not leave one training's JSON beside another's npz
     write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     write_atomic(path, text.encode())
     return True
@@ -798,13 +792,14 @@ def put_aside(paths: Iterable[Path]) -> None:
     """--fresh: keep the checkpoints as .old. All of them at the start: then the same command without it goes on. Raises
     UserError where one was kept before.
     """
-    there = [path for path in paths if path.exists() and rank() == 0]
-    for kept in [path.with_suffix(".old") for path in there]:
-        if kept.exists():
-            raise UserError(f"{kept}, kept by an earlier --fresh, would be lost: delete it or move it away")
-    for path in there:
-        with file_lock(path.with_suffix(".lock")), suppress(FileNotFoundError):  # another process may have done so
-            os.replace(path, path.with_suffix(".old"))
+    kept = {path: path.with_suffix(".old") for path in paths if path.exists() and rank() == 0}
+    for old in kept.values():
+        if old.exists():
+            raise UserError(f"{old}, kept by an earlier --fresh, would be lost: delete it or move it away")
+    for path, old in kept.items():
+        with file_lock(path.with_suffix(".lock")):
+            if path.exists() and not old.exists():  # else another process has put it aside since
+                os.replace(path, old)
 
 
 def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:

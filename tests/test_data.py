@@ -112,3 +112,6 @@ def test_damaged_files_are_left_and_said_to(no_network, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}.*corrupted.*delete it where it is damaged.*--sample"):
         load_cifar10(tmp_path)
     assert [*damaged.parent.iterdir()] == [damaged] and damaged.read_bytes() == b"damaged"
+    (tmp_path / CIFAR10.filename).touch()  # the archive is still there: its extraction was interrupted
+    with pytest.raises(UserError, match="name resolution"):
+        load_cifar10(tmp_path)
