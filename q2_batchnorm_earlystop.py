@@ -82,7 +82,7 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
     """
     first = next(iter(full.values()))
     heading = (
-        f"seed {first.seed}: where each patience stops (dotted, numbered), "
+        "where each patience stops (dotted, numbered), "
         "the weights it restores (dot), the best validation accuracy of all epochs (ring)"
     )
     ylabels = ("validation loss (cross entropy)", "validation accuracy (%)")
@@ -92,7 +92,7 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
             color, best = COLORS[network], whole.best_epoch
             same = [found[0].settings for found in results.values() if found[0].training() == whole.training()]
             patiences = {settings["patience"] for settings in same}
-            fig.plot_curve(axes, [whole], curve, name_of(network), color=color)
+            fig.plot_curve(axes, [whole], curve, f"{name_of(network)}, seed {whole.seed}", color=color)
             axes.plot(best, whole.curves[curve][best - 1], "o", color=color, fillstyle="none", markersize=11)
             mark_stops(axes, whole, curve, sorted(patiences - {None}), color, row)
         axes.legend()

@@ -77,7 +77,7 @@ def judge(part: Part, results: Results) -> dict:
     if not part.run:
         return {"text": part.text, "mark": "by eye"}
     if not {part.run, *part.others} <= results.keys():
-        return {"text": words(part, *part.others[:1]), "mark": "not run"}
+        return {"text": words(part, part.others), "mark": "not run"}
     ours = results[part.run]
     runs = [part.run]
     if part.others:
@@ -87,7 +87,7 @@ def judge(part: Part, results: Results) -> dict:
         own = steady_noise([ours], part.on)
         found = Difference(mean(ours, part.on), own.half(1 / len(ours)) if own else None)
     return {
-        "text": words(part, *runs[1:]),
+        "text": words(part, runs[1:]),
         "mark": mark_of(found, part.zone),
         "runs": runs,
         "on": part.on,
@@ -97,10 +97,13 @@ def judge(part: Part, results: Results) -> dict:
     }
 
 
-def words(part: Part, other: str = "") -> str:
-    """ "crop + flip against crop", and on what where that is not the test images."""
-    best_of = "the best of the others, " if len(part.others) > 1 else ""
-    run, other = name_of(part.run), best_of + name_of(other)
+def words(part: Part, others: Sequence[str]) -> str:
+    """ "crop + flip against crop", and on what where that is not the test images. others: the one that was compared, or
+    all where none was.
+    """
+    run, other = name_of(part.run), ", ".join(map(name_of, others))
+    if len(part.others) > 1:
+        other = f"the best of {other}" if len(others) > 1 else f"the best of the others, {other}"
     if part.text:
         return part.text.format(run=run, other=other)
     text = f"{run} against {other}"

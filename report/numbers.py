@@ -434,7 +434,7 @@ def name_of(run: str) -> str:
     text = name
     for pattern, words in NAMES.items():
         text = re.sub(pattern, words, text)
-    if options:
+    if any(option.endswith("epochs") for option in options):
         text = re.sub(r" \(\d+ epochs\)", "", text)
     text = text.replace("_", " + " if name.startswith("crop_") else " ")
     return ", ".join(["VGG11_bn from scratch" if name == "scratch" else text, *options])

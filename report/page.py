@@ -62,7 +62,7 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
 
 
 def update_pages(question: Question, args: argparse.Namespace, run: Run) -> None:
-    """After a training of a sweep: its figures, and the pages. What goes wrong is said, and does not end the sweep."""
+    """After a training of a sweep: its figures, and the pages. What a user can mend is said, and ends no sweep."""
     try:
         write_pages(question, args)
     except (UserError, OSError) as error:

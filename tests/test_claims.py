@@ -26,6 +26,11 @@ def test_marks(part, mark):
     assert judge(part, LEVEL)["mark"] == mark
 
 
+def test_a_part_that_was_not_run_names_all_that_it_wants():
+    parts = better("a", "c"), better("c", "a", "b")
+    assert [judge(part, LEVEL)["text"] for part in parts] == ["a against c", "c against the best of a, b"]
+
+
 def test_a_part_is_printed_as_the_table_prints_the_same_difference():
     """Half of the interval is 1.8253: rounded to 1.825 in between it would become 1.82."""
     results = {"a": seeds("a", [84, 84.8052, 85.6104], batch_norm=True), "b": seeds("b", [80, 80.8052, 81.6104])}

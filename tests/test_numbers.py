@@ -95,6 +95,7 @@ def test_names_for_people():
     names["frozen_vgg_30epochs_0a1b2c3d"] = "frozen on vgg 30epochs 0a1b2c3d (a stand-in)"
     names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
     names |= {"baseline": "baseline (30 epochs)", "baseline_5epochs": "baseline, 5epochs"}
+    names |= {f"baseline{run}_fp32": f"baseline ({epochs} epochs), fp32" for run, epochs in (("", 30), ("_20", 20))}
     assert {run: name_of(run) for run in names} == names
 
 
