@@ -33,12 +33,9 @@ CROP, FLIP, GRAY = RandomCrop(padding=4), HorizontalFlip(p=0.5), Grayscale(p=0.1
 BLUR = GaussianBlur(kernel_size=13, sigma=(0.1, 2.0), p=0.2)
 JITTER = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.4)
 
+FLIPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 AUGMENTATIONS = {  # run: augmentations, applied in this order
-    "flip_p0.1": (HorizontalFlip(p=0.1),),
-    "flip_p0.3": (HorizontalFlip(p=0.3),),
-    "flip_p0.5": (HorizontalFlip(p=0.5),),
-    "flip_p0.7": (HorizontalFlip(p=0.7),),
-    "flip_p0.9": (HorizontalFlip(p=0.9),),
+    **{f"flip_p{p}": (HorizontalFlip(p),) for p in FLIPS},
     "crop": (CROP,),
     "crop_flip": (CROP, FLIP),
     "grayscale": (Grayscale(p=0.2),),
@@ -65,7 +62,7 @@ RUNS = [
 ]
 
 MIXTURE = "crop_flip_gray_blur_jitter"
-SIMPLE = ("flip_p0.1", "flip_p0.3", "flip_p0.5", "flip_p0.7", "flip_p0.9", "crop", "grayscale", "color_jitter")
+SIMPLE = (*(f"flip_p{p}" for p in FLIPS), "crop", "grayscale", "color_jitter")
 OTHERS = (*SIMPLE, "crop_flip_gray", "crop_flip_gray_blur")  # of the report's, whatever is added above
 
 CLAIMS = [
