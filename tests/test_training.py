@@ -288,7 +288,7 @@ def test_evaluation_is_right_and_is_what_was_recorded(small, two_epochs):
     model.load_state_dict(state["best"])
     best = common.best_epoch(state["history"])
     entry, predictions = state["history"][best - 1], state["predictions"][best - 1]
-    assert torch.equal(evaluate(model, small["test"], SETTINGS)[1], predictions)  # dropout is off
+    assert torch.equal(evaluate(model.train(), small["test"], SETTINGS)[1], predictions)  # dropout is off
     assert evaluate(model, small["validation"], SETTINGS)[0] == entry["validation_loss"]  # as they are
     images, labels = small["validation"].batch(torch.arange(50), SETTINGS)
     logits = model(images).detach()  # of all images at once
