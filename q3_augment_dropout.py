@@ -85,7 +85,7 @@ CLAIMS = [
     Claim(
         8,
         "The full mixture (crop, flip, gray, blur, jitter) and crop + flip are among the best augmentations "
-        "(judged as: each is better than all others).",
+        "(judged as: each is better than all but these two).",
         (better(MIXTURE, *OTHERS), better("crop_flip", *OTHERS)),
     ),
     Claim(
@@ -128,7 +128,7 @@ def rates_of(results: Results, prefix: str) -> dict[float, list[Result]]:
 def plot_augmentations(results: Results) -> fig.Figure:
     """Small multiples: losses of every augmentation there is, on common axes, beside the report's."""
     runs = [run for run in ("baseline", *AUGMENTATIONS) if run in results]
-    columns = min(4, len(runs))
+    columns = min(3, len(runs))
     figure, grid = fig.new_grid(-(-len(runs) // columns), columns, (4, 3), sharex=True, sharey=True)
     legend = {}
     for axes, run in zip(grid, runs):
@@ -142,7 +142,7 @@ def plot_augmentations(results: Results) -> fig.Figure:
     figure.legend(legend.values(), legend.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
     for axes in grid[len(runs) :]:
         axes.axis("off")
-    figure.suptitle(fig.title(results[runs[0]][0], "augmentations (test accuracy: best weights, all images)"))
+    figure.suptitle(fig.title(results[runs[0]][0], "augmentations (test accuracy: best weights, all images)"), y=1)
     figure.tight_layout()
     return figure
 
@@ -214,8 +214,9 @@ def plot_as_the_report(axes, runs: dict[float, list[Result]]) -> None:
     printed = {x: reported("q3", found[0].run) for x, found in runs.items()}
     theirs = {x: numbers["test"] for x, numbers in printed.items() if "test" in numbers}
     ours = {x: mean(runs[x], "alike") for x in theirs}
-    for name, points, color in (("report", theirs, "black"), ("our means", ours, "tab:blue")):
-        axes.plot(list(points), list(points.values()), "x", color=color, label=f"{name}, last weights, 1,000 images")
+    for name, points, marker, color in (("report", theirs, "x", "black"), ("our means", ours, "+", "tab:blue")):
+        label = f"{name}, last weights, 1,000 images"
+        axes.plot(list(points), list(points.values()), marker, markersize=9, color=color, label=label)
 
 
 def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from report.numbers import DIGITS, UNITS, Difference, Results, difference, mean, name_of, steady_noise
 
-MARKS = {"holds": "✓", "reversed": "✗", "cannot be told": "?", "not run": "–", "by eye": "◦"}
+MARKS = {"holds": "✓", "does not hold": "✗", "cannot be told": "?", "not run": "–", "by eye": "◦"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def mark_of(found: Difference, zone: tuple[float, float]) -> str:
     low, high = found.value - found.half, found.value + found.half
     if zone[0] < low and high < zone[1]:
         return "holds"
-    return "reversed" if high < zone[0] or zone[1] < low else "cannot be told"
+    return "does not hold" if high < zone[0] or zone[1] < low else "cannot be told"
 
 
 def judge(part: Part, results: Results) -> dict:

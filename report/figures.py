@@ -16,7 +16,7 @@ from report.numbers import ReportRow, Result, figures_of, measure, name_of, read
 
 MADE_BY = "Written by the question scripts"  # in every page and picture: nothing else is ever replaced
 GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
-COLORS = {"holds": "tab:green", "reversed": "tab:red", "inside": "tab:green", "outside": "tab:red"}  # else grey
+COLORS = {"holds": "tab:green", "does not hold": "tab:red", "inside": "tab:green", "outside": "tab:red"}  # else grey
 
 
 def plain_style():
@@ -238,7 +238,7 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
     axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
     style = {"markeredgewidth": 2}
     if row.results:
-        label, test = "ours, best weights, all 10,000 test images", values(row.results, "test").mean()
+        label, test = "ours, best weights, all 10,000 test images, mean", values(row.results, "test").mean()
         axes.plot(test, place, "|", color="tab:orange", markersize=12, **style, label=label)
     axes.plot(row.reported, place, "x", color="black", markersize=8, **style, label="the report")
     style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}

@@ -2,7 +2,7 @@
 
     results/q3/crop/seed0.json -> its figures -> results/q3/README.md and claims.json -> results/README.md, overview.png
 
-What is the same for everyone stands in the templates beside this file; what we found, in results/q*/findings.md.
+What is the same for everyone stands in the templates beside this file; what we found, in findings.md beside each page.
 """
 
 import argparse
@@ -135,7 +135,14 @@ def interval_in_words(part: dict) -> str:
     """A judged part's difference; empty where nothing was run."""
     if "difference" not in part:
         return ""
-    return f"{in_words(part['difference'], part['half'], numbers.DIGITS.get(part['on'], 2))} {part['unit']}"
+    text = f"{in_words(part['difference'], part['half'], numbers.DIGITS.get(part['on'], 2))} {part['unit']}"
+    return text if part["half"] is not None else f"{text} (too few seeds)"
+
+
+def read_findings(folder) -> str:
+    """What was written by hand; empty without."""
+    path = folder / "findings.md"
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
 
 
 def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
@@ -146,7 +153,6 @@ def with_deviation(found: Sequence[Result], what: str, digits: int = 2) -> str:
 
 def question_content(question: Question, own: Results, results: Results, args: argparse.Namespace) -> dict:
     """What question.md.jinja shows, but for the claims and the figures. results: its own, and those beside."""
-    findings = output_folder(args) / question.name / "findings.md"
     noise = numbers.steady_noise(results.values(), "test")
     weights = {found[0].settings["weights"] for found in own.values()}
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
@@ -156,7 +162,7 @@ def question_content(question: Question, own: Results, results: Results, args: a
     return {
         "question": question,
         "sample": args.sample,
-        "findings": findings.read_text(encoding="utf-8", errors="replace").strip() if findings.exists() else "",
+        "findings": read_findings(output_folder(args) / question.name),
         "own": own,
         "table": list(zip(*shown)),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
@@ -184,10 +190,12 @@ HEAD = [
 def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> list[str]:
     """A row of the table: the report's numbers beside ours, measured alike, then what we would report."""
     printed = numbers.reported(question.name, run)
-    test, validation = (str(printed.get(what, "-")) for what in ("test", "validation"))
+    test, validation = (printed.get(what, "-") for what in ("test", "validation"))
     drawn = [figure for figure in numbers.figures_of(run) if "validation_accuracy" in figure]
-    if printed and validation == "-" and drawn:  # not printed: with a star the best that its figure shows
-        validation = f"{max(drawn[-1]['validation_accuracy']):.1f}*"
+    if printed and drawn:
+        best = max(drawn[-1]["validation_accuracy"])
+        if validation == "-" or (isinstance(validation, float) and abs(best - validation) > 0.5):
+            validation = f"{best:.1f}*"  # not printed, or not what its figure shows
     if run not in own:
         return [name_of(run), "not run", f"{test} / -", f"{validation} / -", *["-"] * 5]
     found = own[run]
@@ -195,7 +203,7 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     if [result.seed for result in found] != [*range(len(found))]:
         seeds += f" (seed {', '.join(str(result.seed) for result in found)})"
     if len(precisions := {result.settings["precision"] for result in found}) > 1:
-        seeds += f" ({', '.join(sorted(precisions))})"
+        seeds += f" (in {' and '.join(sorted(precisions))})"
     epochs = found[0].settings["epochs"]
     baselines = [own[name] for name in question.baselines if name in own and own[name][0].settings["epochs"] == epochs]
     against = "-"
@@ -290,7 +298,8 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
         return content
     questions, claims = numbers.read_questions(root, replaced), read_claims(root)
     rows = numbers.report_rows(questions)
-    content |= {"rows": rows, "claims": claims, "best": numbers.read_run(root / "q5/strong", replaced=replaced)}
+    content |= {"findings": read_findings(root), "rows": rows, "claims": claims}
+    content |= {"best": numbers.read_run(root / "q5/strong", replaced=replaced)}
     content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
     content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
     # a reading that several questions share counts once; those that stopped early stand apart

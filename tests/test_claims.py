@@ -14,10 +14,10 @@ LEVEL = {"a": seeds("a", [80.0, 80.2, 80.4], batch_norm=True), "b": seeds("b", [
     ("part", "mark"),
     [
         (better("a", "b"), "holds"),
-        (better("b", "a"), "reversed"),
+        (better("b", "a"), "does not hold"),
         (better("a", "c"), "not run"),
         (about_equal("a", "b", 3.0), "holds"),
-        (about_equal("a", "b", 1.0), "reversed"),
+        (about_equal("a", "b", 1.0), "does not hold"),
         (about_equal("a", "b", 2.1), "cannot be told"),
         (by_eye("look"), "by eye"),
     ],
@@ -51,9 +51,9 @@ def test_the_narrowest_gap_counts_either_way():
     assert found["runs"] == ["narrow", "below"] and found["mark"] == "holds"
     assert found["difference"] == pytest.approx(0.2) and found["unit"] == "in loss"
     assert found["text"].endswith(" of narrow is than that of the best of the others, below")
-    assert judge(narrowest_gap("below", "wide", "narrow"), results)["mark"] == "reversed"
+    assert judge(narrowest_gap("below", "wide", "narrow"), results)["mark"] == "does not hold"
 
 
 def test_overfitting_is_a_validation_loss_that_ends_above_its_lowest():
-    for lasts, mark in (([1.2, 1.22, 1.21], "holds"), ([1.01, 1.01, 1.02], "reversed"), ([1.5], "cannot be told")):
+    for lasts, mark in (([1.2, 1.22, 1.21], "holds"), ([1.01, 1.01, 1.02], "does not hold"), ([1.5], "cannot be told")):
         assert judge(overfits("a"), {"a": with_losses("a", 0.5, lasts)})["mark"] == mark

@@ -93,7 +93,7 @@ def test_the_readmes_pictures_say_what_was_judged():
     words = ["inside", "outside", "inside, but wide", "too few seeds"]
     assert [text.get_text() for text in axes.texts] == words
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"] == [81.5, 84, 84, 84]
-    parts = [{"mark": mark} for mark in ("reversed", "holds", "cannot be told")]
+    parts = [{"mark": mark} for mark in ("does not hold", "holds", "cannot be told")]
     (axes,) = figures.plot_claims([{"number": 1, "text": "claim", "note": "", "parts": parts}]).axes
     assert [text.get_text() for text in axes.texts[-3:]] == ["✗", "✓", "?"]
 
