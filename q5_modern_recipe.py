@@ -90,7 +90,7 @@ def figures(results: Results) -> dict[str, fig.Figure]:
         return {}
     first = results[timed[0]][0]
     here = places(first)
-    figure, axes = fig.new_axes(first, f"accuracy over time, seeds on {' and '.join(sorted(here))}", "accuracy (%)")
+    figure, axes = fig.new_axes(first, f"accuracy over time on {' and '.join(sorted(here))}", "accuracy (%)")
     for run in timed:  # another machine's minutes are not comparable
         if found := [result for result in results[run] if places(result) == here]:
             plot_over_minutes(axes, run, found)
@@ -111,7 +111,8 @@ def places(result: Result) -> set[str]:
 def plot_over_minutes(axes, run: str, found: Sequence[Result]) -> None:
     """Validation accuracy of every seed, a dot an epoch; a square for the accuracy on all test images."""
     name = "question 2's batch norm, the report's settings" if run == "batchnorm" else run
-    color, label = None, f"{name}: validation; square: test, {found[0].chosen_weights} weights"
+    seeds = "one seed" if len(found) == 1 else f"{len(found)} seeds"
+    color, label = None, f"{name}, {seeds}: validation; square: test, {found[0].chosen_weights} weights"
     for result in found:
         minutes = np.cumsum(result.curves["seconds"]) / 60
         (line,) = axes.plot(minutes, result.curves["validation_accuracy"], ".-", color=color, label=label, linewidth=1)
