@@ -243,9 +243,11 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     for run, found in results.items():
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
         fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)
-        if run in own:
-            fig.plot_reports_curves(axes, found[0], {"validation_accuracy": ":"})
-    axes.legend(fontsize=8)
+    reports = [figure for run in RUNS for figure in figures_of(run.name) if "validation_accuracy" in figure]
+    for theirs, style in zip([] if first.is_sample else reports, ("-.", "--", ":")):
+        curve, label = theirs["validation_accuracy"], f"report, Figure {theirs['figure']}: {name_of(theirs['run'])}"
+        axes.plot(range(1, len(curve) + 1), curve, style, color=fig.GREYS[0], linewidth=1, label=label)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     trained = [found[0] for found in own.values() if found[0].settings["backbone"] == "trained"]
     return {"transfer.png": figure} | ({"steps.png": plot_steps(trained)} if trained else {})
 
