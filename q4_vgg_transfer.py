@@ -261,9 +261,10 @@ def plot_steps(trained: Sequence[Result]) -> fig.Figure:
         axes.plot(range(1, losses.size + 1), losses.ravel(), color="lightsteelblue", linewidth=0.4, label="every step")
         middle = (np.arange(len(losses)) + 0.5) * losses.shape[1]
         axes.plot(middle, losses.mean(1), color="tab:orange", label="mean of every epoch")
-        for theirs in [] if result.is_sample else figures_of(result.run):
+        run = "scratch" if result.settings["weights"] == "none" else "finetune_imagenet"  # the report's
+        for theirs in [] if result.is_sample else figures_of(run):
             if means := theirs.get("train_loss"):
-                label = f"report, Figure {theirs['figure']}, mean of every epoch"
+                label = f"report, Figure {theirs['figure']}, mean of every epoch:\n{name_of(run)}"
                 middle = (np.arange(len(means)) + 0.5) * losses.shape[1]
                 axes.plot(middle, means, color=fig.GREYS[0], linewidth=1, linestyle="--", label=label)
         axes.set(title=f"{name_of(result.run)}, seed {result.seed}", ylim=(0, None))
