@@ -20,8 +20,8 @@ RUNS = [Run("convnet", Settings(epochs=20))]
 CLAIMS = [
     Claim(
         1,
-        "Without regularisation the network overfits: validation loss bottoms out near epoch 11 and then rises "
-        "while training loss falls.",
+        "Without batch norm, augmentation or dropout the network overfits: validation loss bottoms out near epoch 11 "
+        "and then rises while training loss falls.",
         (overfits("convnet"),),
     ),
     Claim(

@@ -177,7 +177,7 @@ def plot_confusion(found: Sequence[Result]) -> Figure:
 
 
 def plot_filters(found: Sequence[Result]) -> Figure:
-    """The first seed's filters before training and at its last epoch, as the report shows them, on one scale."""
+    """The first seed's filters before training and at its last epoch, on one scale."""
     first, arrays = found[0], read_arrays(found[0])
     scale = float(np.quantile(np.abs([arrays["before"], arrays["last"]]), 0.998))
     panels = {"before training": arrays["before"], f"after {first.epochs} epochs": arrays["last"]}

@@ -194,7 +194,7 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     drawn = [figure for figure in numbers.figures_of(run) if "validation_accuracy" in figure]
     if printed and drawn:
         best = max(drawn[-1]["validation_accuracy"])
-        if validation == "-" or (isinstance(validation, float) and abs(best - validation) > 0.5):
+        if validation == "-" or (isinstance(validation, float) and abs(best - validation) > 0.1):
             validation = f"{best:.1f}*"  # not printed, or not what its figure shows
     if run not in own:
         return [name_of(run), "not run", f"{test} / -", f"{validation} / -", *["-"] * 5]
