@@ -300,18 +300,19 @@ def first_filters(model: nn.Module) -> Tensor:
 
 
 def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float) -> Figure:
-    """First-layer filters [C_out, 3, K, K] as numbered grids, a panel for each; grey is 0, a full colour +-`scale`."""
+    """First-layer filters [C_out, 3, K, K] as numbered grids, two panels a row; grey is 0, a full colour +-`scale`."""
     columns, gap = 16, 2  # a filter's number stands in the gap above it
     rows = math.ceil(max(map(len, weights.values())) / columns)
-    figure = Figure(figsize=(9 * len(weights), 0.8 + 0.54 * rows))
-    for axes, (name, weight) in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights.items()):
+    down, across = math.ceil(len(weights) / 2), min(2, len(weights))
+    figure = Figure(figsize=(9 * across, (0.8 + 0.54 * rows) * down))
+    for axes, (name, weight) in zip(figure.subplots(down, across, squeeze=False).flat, weights.items()):
         colours = (0.5 + torch.from_numpy(weight) / (2 * scale)).clamp(0, 1)
         grid = make_grid(colours, columns, gap, pad_value=1)  # [3, height, width], a pixel per weight
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         for i in range(len(weight)):
             top, left = (gap + place * (weight.shape[-1] + gap) for place in divmod(i, columns))
             axes.text(left - 0.5, top - 0.7, str(i + 1), fontsize=6.5, va="bottom", color="0.25")
-        axes.set_title(f"{name} (grey = 0, full colour = ±{scale:.2f})", fontsize=10)
+        axes.set_title(name, fontsize=10)
         axes.axis("off")
     figure.suptitle(heading)
     figure.tight_layout(w_pad=4)

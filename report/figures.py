@@ -177,10 +177,16 @@ def plot_confusion(found: Sequence[Result]) -> Figure:
 
 
 def plot_filters(found: Sequence[Result]) -> Figure:
-    """The first seed's filters before training and at its last epoch, on one scale."""
+    """The first seed's filters before training and at its last epoch, on one scale, above the report's."""
     first, arrays = found[0], read_arrays(found[0])
     scale = float(np.quantile(np.abs([arrays["before"], arrays["last"]]), 0.998))
-    panels = {"before training": arrays["before"], f"after {first.epochs} epochs": arrays["last"]}
+    colours = f"(grey = 0, full colour = ±{scale:.2f})"
+    panels = {f"before training {colours}": arrays["before"], f"after {first.epochs} epochs {colours}": arrays["last"]}
+    for figure in [] if first.is_sample else figures_of(first.run):
+        if "filters" in figure:
+            ours, theirs = arrays[figure["filters"]], the_report()["filters"][figure["filters"]]
+            name = f"report, Figure {figure['figure']} (known up to a factor: drawn with our standard deviation)"
+            panels[name] = theirs * ours.std() / theirs.std()
     heading = title(first, f"{name_of(first.run)}, first-layer filters, seed {first.seed}")
     return visualize_filters(panels, heading, scale)
 

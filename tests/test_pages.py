@@ -62,6 +62,12 @@ def test_the_reports_curves_stand_beside_ours_but_not_beside_the_samples(data):
         assert ("SAMPLE" in axes.get_title()) == (data == "cifar10-sample")
 
 
+def test_the_reports_filters_stand_below_ours():
+    panels = figures.plot_filters(numbers.read_run(COMMITTED / "q1/convnet")).axes
+    assert [re.findall(r"Figure \d", axes.get_title()) for axes in panels] == [[], [], ["Figure 2"], ["Figure 3"]]
+    assert len(figures.plot_filters(numbers.read_run(COMMITTED / "q2/batchnorm")).axes) == 2  # the report has none
+
+
 def test_a_runs_pictures_show_its_seeds():
     """Mean and a band of one standard deviation, every seed's best epoch; confusion in percent of the true class."""
     found = [make("crop", seed, test, question="q3") for seed, test in enumerate((80, 82))]
