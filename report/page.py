@@ -158,6 +158,8 @@ def question_content(question: Question, own: Results, results: Results, args: a
     by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     runs = dict.fromkeys([*(run.name for run in question.runs), *own])
     table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
+    if question.name not in numbers.the_report()["numbers"]:  # which has nothing to stand beside
+        table = [[cell.removesuffix(": report / ours").removeprefix("- / ") for cell in row] for row in table]
     shown = [c for c in zip(*table) if set(c[1:]) != {"-"} and not (args.sample and "report" in c[0])]  # columns
     return {
         "question": question,
