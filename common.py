@@ -164,7 +164,10 @@ class Split:
 def find_data_dir(option: Path | None = None) -> Path:
     """--data-dir, else $CIFAR10_DIR, else data/; they may name the folder inside."""
     path = option or machine.expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
-    return path.parent if path.name == CIFAR10.base_folder and path.is_dir() else path
+    for place in (path, Path(os.path.realpath(path))):  # "." is inside too
+        if place.name == CIFAR10.base_folder and place.is_dir():
+            return place.parent
+    return path
 
 
 def open_cifar10(data_dir: Path) -> list[CIFAR10]:
@@ -644,6 +647,13 @@ def make_result(question: str, run: Run, parameters: dict, state: dict, labels: 
     }
 
 
+def require_same_network(run_folder: Path, parameters: dict, replaced: set[str]) -> None:
+    """Raises UserError where a run's other seeds, but for results that are about to be replaced, have other layers."""
+    for path in run_folder.glob("seed*.json"):
+        if path.name not in replaced and json.loads(path.read_text())["parameters"]["layers"] != parameters["layers"]:
+            raise UserError(f"{path} is of another network than the code builds now: move it away, or rename the run")
+
+
 def as_lines(value) -> str:
     """JSON with a line per entry of a result, and per epoch of its history: for people, and for git."""
     if isinstance(value, list):
@@ -736,7 +746,8 @@ def asked_for(run: Run, args: Namespace, precision: str) -> Run:
 
 def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> list[Run]:
     """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
-    precision = machine.choose_precision(args.precision, device)
+    named = args.precision if args.list or args.replot else "auto"  # which another machine may compute
+    precision = named if named != "auto" else machine.choose_precision(args.precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     if len(asked) < len(set(runs)):
         raise UserError("two of the script's runs have one name: rename one")
@@ -780,6 +791,8 @@ def train_runs(
                 say(describe(model))
             shown.add(str(model))
             parameters = all_parameters(model)  # before `distribute` exchanges layers
+            replaced = {f"seed{other.settings.seed}.json" for other in runs if other.name == run.name}
+            require_same_network(output_folder(args) / question / run.name, parameters, replaced)
             state, new = train(run, model, data, device, path, prepare), False
             if rank() == 0:
                 result = make_result(question, run, parameters, state, data["test"].labels)

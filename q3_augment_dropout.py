@@ -195,7 +195,8 @@ def plot_sweep(runs: dict[float, list[Result]], heading: str, xlabel: str, basel
             label = f"our {name_of(baseline[0].run)}: {value:.{digits}f}"
             axes.axhline(value, color="tab:green", linestyle=":", label=label)
         axes.xaxis.get_major_locator().set_params(integer=False)
-        axes.set_xlim(min(runs) - 0.05, max(runs) + 0.05)
+        rates = runs.keys() | (after_pool or {}).keys()
+        axes.set_xlim(min(rates) - 0.05, max(rates) + 0.05)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return figure
 
@@ -260,7 +261,7 @@ def rate(text: str) -> float:
     """Type of --dropout."""
     value = round(float(text), 4)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a rate between 0 and 1, not '{text}'")
+        raise argparse.ArgumentTypeError(f"must be a rate from 0.0001 to 0.9999, not '{text}'")
     return value
 
 

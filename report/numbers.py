@@ -393,6 +393,7 @@ def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
         for run, printed in runs.items():
             if "test" in printed and (question, run) != ("q2", "convnet"):
                 found[question, run] = questions[question].get(run, [])
+    found["q1", "convnet"] = found["q1", "convnet"] or questions["q2"].get("convnet", [])  # the same training
     rows = []
     for (question, run), results in found.items():
         noise = noise_alike(found.values(), results[0].settings["network"]) if results else None
@@ -417,7 +418,7 @@ NAMES = {  # what stands in a run's name -> what people read, one after the othe
     "^frozen_": "frozen on ",
     "^finetune_": "fine-tuned on ",
     " on imagenet$": " on ImageNet's features",
-    r" on \S*tinyimagenet\S*$": " on Tiny-ImageNet's features (a stand-in)",  # a page's footnote says which
+    " on vgg11_bn_features_tinyimagenet_69a37b9f$": " on Tiny-ImageNet's features (a stand-in)",  # the committed one
     r" on (\S+)$": r" on \1 (a stand-in)",
     "_no_": " without ",
 }

@@ -55,7 +55,11 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     for path in (root, folder):
         require_writable(path)
     with results_lock(args):
-        for result in chain(*numbers.read_question(folder, question.runs, args.sample, replaced).values()):
+        found = numbers.read_question(folder, question.runs, args.sample, replaced)
+        for run in runs:
+            for other_seed in found.get(run.name, []):
+                numbers.require_same_settings(other_seed, run.settings.as_dict(), f"the run {run.name} of this command")
+        for result in chain(*found.values()):
             numbers.read_arrays(result)
         numbers.read_beside(root, question.beside, args.sample)
         overview_content(root, args.sample, replaced)
@@ -203,7 +207,7 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     found = own[run]
     seeds = ", ".join(f"{result.best_epoch}/{result.epochs}" for result in found)
     if [result.seed for result in found] != [*range(len(found))]:
-        seeds += f" (seed {', '.join(str(result.seed) for result in found)})"
+        seeds += f" (seed{'s' if len(found) > 1 else ''} {', '.join(str(result.seed) for result in found)})"
     if len(precisions := {result.settings["precision"] for result in found}) > 1:
         seeds += f" (in {' and '.join(sorted(precisions))})"
     epochs = found[0].settings["epochs"]

@@ -86,6 +86,8 @@ def test_the_data_dir_is_the_options_or_the_environments_or_the_default(monkeypa
     inside.mkdir()
     monkeypatch.setenv("CIFAR10_DIR", str(inside))
     assert find_data_dir(inside) == find_data_dir() == tmp_path  # one level too deep
+    monkeypatch.chdir(inside)
+    assert find_data_dir(Path()) == tmp_path
     monkeypatch.setenv("CIFAR10_DIR", "")
     assert find_data_dir() == ROOT / "data"
 

@@ -93,6 +93,7 @@ def test_names_for_people():
     names = {"scratch_fp32": "VGG11_bn from scratch, fp32", "crop_flip_3epochs": "crop + flip, 3epochs"}
     names["frozen_my_file_0a1b2c3d"] = "frozen on my file 0a1b2c3d (a stand-in)"
     names["frozen_vgg_30epochs_0a1b2c3d"] = "frozen on vgg 30epochs 0a1b2c3d (a stand-in)"
+    names["frozen_tinyimagenet_0a1b2c3d"] = "frozen on tinyimagenet 0a1b2c3d (a stand-in)"
     names["finetune_imagenet_3epochs_bf16"] = "fine-tuned on ImageNet's features, 3epochs, bf16"
     names |= {"baseline": "baseline (30 epochs)", "baseline_5epochs": "baseline, 5epochs"}
     names |= {f"baseline{run}_fp32": f"baseline ({epochs} epochs), fp32" for run, epochs in (("", 30), ("_20", 20))}
@@ -164,3 +165,10 @@ def test_where_one_more_seed_falls():
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
     assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
     assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None
+
+
+def test_question_1s_training_may_stand_in_question_2():
+    results = {"q1": {}, "q2": {"convnet": seeds("convnet", [80, 82])}, "q3": {}, "q4": {}}
+    first, *others = numbers.report_rows(results)
+    assert (first.question, first.run, len(first.results)) == ("q1", "convnet", 2)
+    assert not any(row.results for row in others)

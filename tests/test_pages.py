@@ -107,6 +107,9 @@ def test_the_readmes_pictures_say_what_was_judged():
 def test_question_3_draws_what_there_is():
     drawn = q3_augment_dropout.figures({"dropout_0.2": seeds("dropout_0.2", [80, 81], question="q3", dropout=0.2)})
     assert set(drawn) == {"dropout_validation.png", "dropout_bars.png", "dropout_sweep.png"}
+    runs = {name: seeds(name, [80, 81], question="q3") for name in ("dropout_0.2", "dropout_after_pool_0.6")}
+    for axes in q3_augment_dropout.figures(runs)["dropout_sweep.png"].axes:
+        assert axes.get_xlim()[1] > 0.6
     flip = seeds("flip_p0.3", [80, 81], question="q3", augment=["HorizontalFlip(p=0.3)"])
     assert set(q3_augment_dropout.figures({"flip_p0.3": flip})) == {"augmentations.png", "flip_sweep.png"}
 
@@ -122,6 +125,14 @@ def test_the_committed_pages_are_what_the_results_give(tmp_path, monkeypatch):
         committed = (COMMITTED / path.relative_to(tmp_path)).read_text().splitlines()
         lines = [line for line in path.read_text().splitlines() if line in committed or "| not run |" not in line]
         assert lines == committed, path
+
+
+@pytest.mark.parametrize("module", QUESTIONS, ids=lambda module: module.__name__)
+def test_a_page_without_results(module, tmp_path):
+    (tmp_path / module.QUESTION.name).mkdir()
+    page.finish_pages(module.QUESTION, options(tmp_path, "--replot"))
+    text = (tmp_path / module.QUESTION.name / "README.md").read_text()
+    assert all(f"\n| {numbers.name_of(run.name)} | not run |" in text for run in module.RUNS)
 
 
 def test_the_overview_leaves_out_what_options_named(tmp_path):
@@ -205,6 +216,8 @@ def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
     with_option = replace(q1_convnet.QUESTION, runs=())  # so it is of a run that an option makes
     page.check_pages(with_option, select_runs(runs, options(root, "--seeds=3"), torch.device("cpu")), options(root))
     path.write_text(old)
+    with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet of this command has 0.1"):
+        page.check_pages(with_option, select_runs(runs, options(root, "--seed=1"), torch.device("cpu")), options(root))
     for more in (["--seeds=1"], ["--seeds=3", "--only", "other"], ["--seeds=3", "--epochs=3"]):
         with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
             check(edited, options(root, *more))

@@ -32,6 +32,7 @@ def test_help_shows_the_scripts_docstring(question, capsys):
     ("question", "options", "names"),
     [
         (q1_convnet, ["--epochs=50", "--seed=7"], ["convnet_50epochs 7"]),
+        (q1_convnet, ["--precision=bf16"], ["convnet_bf16 0"]),  # whether this machine computes it or not
         (q1_convnet, ["--epochs=20", "--seeds=2"], ["convnet 0", "convnet 1"]),
         (q2_batchnorm_earlystop, ["--patience=3", "--patience=9", "--only=convnet_patience3"], ["convnet_patience3 0"]),
         (q3_augment_dropout, ["--dropout=0.05", "--only=dropout_0.05", "--only=crop"], ["dropout_0.05 0", "crop 0"]),
@@ -53,7 +54,7 @@ BAD = [
     (q1_convnet, ["--device=cuda:99"], "--device cuda:99 is not there; on this machine:"),
     (q1_convnet, ["--output-dir="], "'' is no path: it is empty"),
     (q1_convnet, ["--replot", "--output-dir=reslts"], "--replot: there are no results in reslts/q1"),
-    (q3_augment_dropout, ["--dropout=0.99996"], "--dropout: must be a rate between 0 and 1"),
+    (q3_augment_dropout, ["--dropout=0.99996"], "--dropout: must be a rate from 0.0001 to 0.9999"),
     (q3_augment_dropout, ["--preview", "--only", "dropout_0.1"], "none of these runs has an augmentation"),
     (q5_modern_recipe, ["--tune", "--sample"], "--tune needs all training images"),
 ]

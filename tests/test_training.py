@@ -418,6 +418,16 @@ def test_a_result_is_written_once(small, two_epochs, tmp_path):
     assert torch.equal(state["filters"][2], state["model"]["features.0.weight"])
 
 
+def test_no_seed_of_another_network_joins_a_run(quick, tmp_path, monkeypatch, capsys):
+    options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", *folders(tmp_path)]
+    q1_convnet.main(options)
+    monkeypatch.setattr(common, "CHANNELS", (8, 8, 8, 8, 8))
+    monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        q1_convnet.main([*options, "--seed=1"])
+    assert "seed0.json is of another network than the code builds now" in capsys.readouterr().err
+
+
 def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(quick, tmp_path, monkeypatch):
     options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", *folders(tmp_path)]
     q1_convnet.main(options)
