@@ -723,8 +723,10 @@ def results_lock(args: Namespace) -> AbstractContextManager:
 
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate (but for
-    Muon's).
+    Muon's). Those that are of the sample already stay as they are.
     """
+    if settings.data == "cifar10-sample":
+        return settings
     epochs, rate = min(settings.epochs, SAMPLE_EPOCHS), settings.learning_rate / 2
     return replace(settings, data="cifar10-sample", batch_size=25, learning_rate=rate, epochs=epochs)
 

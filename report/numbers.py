@@ -152,9 +152,9 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
 
 
 def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Collection[Path] = ()) -> Results:
-    """The results of a question's declared runs, in order, then of runs whose names its options made; but for those
+    """The results of a question's declared runs, in order, then of others, whose names its options made; but for those
     that are about to be replaced. Raises UserError where results cannot be read, or where their settings are not
-    those of their run.
+    those that their run is declared with.
     """
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
     results = {}
@@ -162,7 +162,7 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
         if found := read_run(folder / name, sample, replaced):
             results[name] = found
         for result in found if name in settings else ():
-            require_same_settings(result, settings[name].as_dict(), f"the run {name} in {folder.name}'s script")
+            require_same_settings(result, settings[name].as_dict(), f"the run {name} of {folder.name}")
     return results
 
 

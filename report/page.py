@@ -55,10 +55,7 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     for path in (root, folder):
         require_writable(path)
     with results_lock(args):
-        found = numbers.read_question(folder, question.runs, args.sample, replaced)
-        for run in runs:
-            for other_seed in found.get(run.name, []):
-                numbers.require_same_settings(other_seed, run.settings.as_dict(), f"the run {run.name} of this command")
+        found = numbers.read_question(folder, [*question.runs, *runs], args.sample, replaced)
         for result in chain(*found.values()):
             numbers.read_arrays(result)
         numbers.read_beside(root, question.beside, args.sample)

@@ -216,10 +216,10 @@ def test_a_result_of_edited_settings_stops_a_sweep_that_does_not_replace_it(q1):
     with_option = replace(q1_convnet.QUESTION, runs=())  # so it is of a run that an option makes
     page.check_pages(with_option, select_runs(runs, options(root, "--seeds=3"), torch.device("cpu")), options(root))
     path.write_text(old)
-    with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet of this command has 0.1"):
+    with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet of q1 has 0.1"):
         page.check_pages(with_option, select_runs(runs, options(root, "--seed=1"), torch.device("cpu")), options(root))
     for more in (["--seeds=1"], ["--seeds=3", "--only", "other"], ["--seeds=3", "--epochs=3"]):
-        with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet in q1's script has 0.1"):
+        with pytest.raises(UserError, match="learning_rate 0.002, but the run convnet of q1 has 0.1"):
             check(edited, options(root, *more))
 
 
