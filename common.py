@@ -585,12 +585,7 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
                 raise zipfile.BadZipFile(bad)
         state = {"first_logits": first} | torch.load(path, weights_only=True, map_location="cpu")
         state["settings"] = shaping(settings.as_dict()) | state["settings"]  # older ones lack both
-        different = other_settings(state, settings)
-        shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
-        same_network = state["network"] == str(model) and shapes == expected
-        logits, spread = state["first_logits"], (first - first.mean(0)).norm()
-        same_code = logits.shape == first.shape and not (logits - first).norm() > 0.005 * spread  # rounding: 0.0001
-        if missing := {*new_checkpoint(settings, model, first), "best", "optimizer"} - state.keys():
+        if missing := {*new_checkpoint(settings, model, first), "model", "best", "optimizer"} - state.keys():
             raise KeyError(missing)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
@@ -598,11 +593,13 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
         if machine.out_of_memory(error):
             raise
         raise UserError(f"the checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
-    if different:
+    if different := other_settings(state, settings):
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
-    if not same_network:
+    shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
+    if state["network"] != str(model) or shapes != expected:
         raise UserError(f"the checkpoint {path} is of another network than the code builds now; {advice}")
-    if not same_code:
+    apart, spread = (state["first_logits"] - first).norm(), (first - first.mean(0)).norm()
+    if apart > 0.005 * spread:  # rounding: 0.0001
         what = "the network's forward pass or initialisation, the order of images, or an augmentation"
         raise UserError(f"the checkpoint {path} was trained by other code ({what} has changed since); {advice}")
     return state
@@ -748,12 +745,13 @@ def asked_for(run: Run, args: Namespace, precision: str) -> Run:
 
 def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> list[Run]:
     """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
-    named = args.precision if args.list or args.replot else "auto"  # which another machine may compute
-    precision = named if named != "auto" else machine.choose_precision(args.precision, device)
+    precision = args.precision
+    if precision == "auto" or not (args.list or args.replot):  # they may name what another machine computes
+        precision = machine.choose_precision(precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     if len(asked) < len(set(runs)):
         raise UserError("two of the script's runs have one name: rename one")
-    by_name = asked | {run.name: run for run in asked.values()}
+    by_name = asked | {run.name: run for run in asked.values()}  # --only may name them as --list does
     for name in [name for name in args.only or () if name not in by_name]:
         raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
     chosen = dict.fromkeys(by_name[name] for name in args.only or asked)

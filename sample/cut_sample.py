@@ -1,4 +1,6 @@
-"""Cuts the bundled sample out of the official CIFAR-10: `python sample/cut_sample.py --data-dir data`.
+"""Cuts the bundled sample out of the official CIFAR-10, which lies in $CIFAR10_DIR, else in data/.
+
+    python sample/cut_sample.py
 
 Each part is class-balanced and drawn from the respective official part (training from the first 49,000 training
 images, validation from the last 1,000, test from the test images), and written as one lossless PNG contact sheet,
@@ -6,7 +8,6 @@ COLUMNS images to a row. `index.json` keeps, for every image of a sheet in readi
 number in the official part.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import find_data_dir, load_cifar10
-from parts.machine import UserError, expand
 
 COLUMNS = 50
 PER_CLASS = {"train": 150, "validation": 20, "test": 50}  # 2,200 images, 4.8 MB
@@ -40,11 +40,4 @@ def cut_sample(data_dir: Path, folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-dir", type=expand, help="folder with cifar-10-batches-py (default: $CIFAR10_DIR, else data/)"
-    )
-    try:
-        cut_sample(find_data_dir(parser.parse_args().data_dir))
-    except UserError as error:
-        parser.error(str(error))
+    cut_sample(find_data_dir())
