@@ -52,7 +52,8 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     for path in [*written, *(folder / run / f"{name}.png" for run in drawn for name in RUN_FIGURES)]:
         require_ours(path)
     replaced = [] if args.replot else [folder / run.name / f"seed{run.settings.seed}.json" for run in runs]
-    require_writable(folder)
+    for path in (root, folder):
+        require_writable(path)
     with results_lock(args):
         found = numbers.read_question(folder, [*question.runs, *runs], args.sample, replaced)
         for result in chain(*found.values()):
