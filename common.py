@@ -497,7 +497,7 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
 
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
-        advice = "the epochs before are kept; lower the learning rate or try --precision fp32"
+        advice = "so would it again; train anew with a lower learning rate or --precision fp32"
         raise UserError(f"the {name} loss became {loss} in epoch {epoch}: {advice}")
 
 
@@ -644,9 +644,14 @@ def make_result(question: str, run: Run, parameters: dict, state: dict, labels: 
     }
 
 
+def seed_files(run_folder: Path) -> list[Path]:
+    """A run's results, one per seed; not what a user has put beside them."""
+    return [path for path in run_folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
+
+
 def require_same_network(run_folder: Path, parameters: dict, replaced: set[str]) -> None:
     """Raises UserError where a run's other seeds, but for results that are about to be replaced, have other layers."""
-    for path in run_folder.glob("seed*.json"):
+    for path in seed_files(run_folder):
         if path.name not in replaced and json.loads(path.read_text())["parameters"]["layers"] != parameters["layers"]:
             raise UserError(f"{path} is of another network than the code builds now: move it away, or rename the run")
 
@@ -699,7 +704,8 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: what is fastest here")
+    fastest = "auto: the fastest here; overview and intervals leave out the others"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=fastest)
     add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
     add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
     add("--figures", choices=("pdf", "svg"), help="write every figure in this format too")
@@ -775,24 +781,24 @@ def train_runs(
     machine.require_writable(args.checkpoint_dir)
     data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
-    paths = {args.checkpoint_dir / f"{run.settings.key()}.pt": run for run in runs}
-    if args.fresh:
-        put_aside(paths)
-    for path, run in tqdm(paths.items(), "reading checkpoints", leave=False, delay=2, disable=rank() or None):
+    paths = {run: args.checkpoint_dir / f"{run.settings.key()}.pt" for run in runs}
+    for run in tqdm(runs, "checking runs and checkpoints", leave=False, delay=2, disable=rank() or None):
+        model = build(run, device, network)
+        replaced = {f"seed{other.settings.seed}.json" for other in runs if other.name == run.name}
+        require_same_network(output_folder(args) / question / run.name, all_parameters(model), replaced)
+        first, path = first_logits(model, data["train"], run.settings), paths[run]
         if path.exists() and not args.fresh:
-            model = build(run, device, network)
-            load_checkpoint(path, run.settings, model, first_logits(model, data["train"], run.settings))
-    for run in runs:
-        path = args.checkpoint_dir / f"{run.settings.key()}.pt"
+            load_checkpoint(path, run.settings, model, first)
+    if args.fresh:
+        put_aside(paths.values())
+    for run, path in paths.items():
         with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
             barrier()
             model = build(run, device, network)
-            if str(model) not in shown and rank() == 0:
-                say(describe(model))
-            shown.add(str(model))
+            if (description := describe(model)) not in shown and rank() == 0:
+                say(description)
+            shown.add(description)
             parameters = all_parameters(model)  # before `distribute` exchanges layers
-            replaced = {f"seed{other.settings.seed}.json" for other in runs if other.name == run.name}
-            require_same_network(output_folder(args) / question / run.name, parameters, replaced)
             state, new = train(run, model, data, device, path, prepare), False
             if rank() == 0:
                 result = make_result(question, run, parameters, state, data["test"].labels)

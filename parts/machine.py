@@ -62,24 +62,27 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0,
-    the V100, and 7.5, the T4 and the RTX 20), with scaled losses; else fp32. Raises UserError for bf16 where it would
-    be emulated.
+    the V100, and 7.5, the T4 and the RTX 20; the GTX 16 has none), with scaled losses; else fp32. Raises UserError
+    for what would be emulated.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
-    cpu, capability = cpu_capabilities(), None
+    cpu, tensor_cores = cpu_capabilities(), False
     native = device.type == "cpu" and any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         native = capability >= (8, 0)
+        tensor_cores = capability in ((7, 0), (7, 5)) and "GTX 16" not in torch.cuda.get_device_name(device)
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 is for GPUs; use fp32 or auto")
     if name == "bf16" and not native:
         raise UserError(f"--precision bf16: this {device.type} does not compute bfloat16 natively; use fp32 or auto")
     if name != "auto":
         return name
     if native and not slow:
         return "bf16"
-    return "fp16" if capability in ((7, 0), (7, 5)) else "fp32"
+    return "fp16" if tensor_cores else "fp32"
 
 
 def computing_dtype(precision: str) -> torch.dtype:
@@ -301,7 +304,8 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; a question's script keeps its finished epochs: the same command (without --fresh) goes on"
-    if isinstance(error, torch.OutOfMemoryError):
+    full = r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED"  # as the driver and the libraries say it
+    if isinstance(error, torch.OutOfMemoryError) or re.search(full, str(error)):
         return f"the GPU's memory is full ({first_line(error)}): end what runs there, or choose another --device"
     if "no kernel image" in str(error):
         return "this torch has no kernels for this GPU: use --device cpu, or a torch built for it (see pytorch.org)"

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.fft import dctn
 from scipy.stats import t, ttest_ind
 
-from common import Run, Settings, on_sample, shaping
+from common import Run, Settings, on_sample, seed_files, shaping
 from parts.machine import UserError, tell
 
 HERE = Path(__file__).resolve().parent
@@ -125,8 +125,7 @@ def read_run(folder: Path, sample: bool = False, replaced: Collection[Path] = ()
     Raises UserError where one is damaged, where they disagree in a setting, or where not all are of the sample
     (`sample`) or of CIFAR-10 (else).
     """
-    paths = [path for path in folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
-    found = [result for result in map(read_result, paths) if result.path not in replaced]
+    found = [result for result in map(read_result, seed_files(folder)) if result.path not in replaced]
     found.sort(key=lambda result: result.seed)
     for result in found:
         if (result.question, result.run) != (folder.parent.name, folder.name):

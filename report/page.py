@@ -52,7 +52,7 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     for path in [*written, *(folder / run / f"{name}.png" for run in drawn for name in RUN_FIGURES)]:
         require_ours(path)
     replaced = [] if args.replot else [folder / run.name / f"seed{run.settings.seed}.json" for run in runs]
-    for path in (root, folder):
+    for path in (root, folder, *(folder / run.name for run in runs if (folder / run.name).exists())):
         require_writable(path)
     with results_lock(args):
         found = numbers.read_question(folder, [*question.runs, *runs], args.sample, replaced)
@@ -137,7 +137,9 @@ def interval_in_words(part: dict) -> str:
     if "difference" not in part:
         return ""
     text = f"{in_words(part['difference'], part['half'], numbers.DIGITS.get(part['on'], 2))} {part['unit']}"
-    return text if part["half"] is not None else f"{text} (too few seeds)"
+    if part["half"] is not None:
+        return text
+    return f"{text} (too few seeds)" if part["difference"] else f"{text} (alike in every seed)"
 
 
 def read_findings(folder) -> str:

@@ -38,6 +38,13 @@ def test_a_part_is_printed_as_the_table_prints_the_same_difference():
     assert interval_in_words(judge(better("a", "b"), results)) == f"{in_words(*found)} points" == "+4.00 ± 1.83 points"
 
 
+def test_two_readings_that_agree_need_no_more_seeds():
+    results = {run: seeds(run, [80, 81], patience=patience) for run, patience in (("a", 5), ("b", 7))}
+    assert interval_in_words(judge(better("a", "b"), results)) == "+0.00 points (alike in every seed)"
+    results = {run: found[:1] for run, found in LEVEL.items()}
+    assert interval_in_words(judge(better("a", "b"), results)) == "+2.00 points (too few seeds)"
+
+
 def with_losses(run, training, lasts, **settings):
     """A seed for each of the last validation losses; the lowest is 1."""
     curves = [{"train_loss": [1, training], "validation_loss": [1, last]} for last in lasts]

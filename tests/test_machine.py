@@ -60,9 +60,18 @@ def test_auto_is_bf16_where_it_pays(monkeypatch):
 
 
 def test_fp16_is_for_gpus_that_have_tensor_cores_for_nothing_wider(monkeypatch):
-    for capability, auto in {(6, 1): "fp32", (7, 0): "fp16", (7, 5): "fp16", (8, 0): "bf16"}.items():
+    for name, capability, auto in (
+        ("NVIDIA GeForce GTX 1080", (6, 1), "fp32"),
+        ("Tesla V100-SXM2-16GB", (7, 0), "fp16"),
+        ("Tesla T4", (7, 5), "fp16"),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), "fp32"),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), "bf16"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert choose_precision("auto", torch.device("cuda")) == auto
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, found=name: found)
+        assert choose_precision("auto", torch.device("cuda")) == auto, name
+    with pytest.raises(UserError, match="fp16 is for GPUs"):
+        choose_precision("fp16", CPU)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -108,6 +117,7 @@ def test_a_reader_that_goes_away_and_a_full_disk_end_the_printing_alone(monkeypa
         (RuntimeError("could not create a primitive"), "not enough memory", 2),
         (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU: use --device cpu", 2),
         (torch.OutOfMemoryError("CUDA out of memory\nmore"), "the GPU's memory is full", 2),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "the GPU's memory is full", 2),
         (PermissionError(13, "Permission denied", "results/a.json"), "results/a.json: Permission denied", 2),
     ],
     ids=repr,
