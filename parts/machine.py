@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
-    if device.type == "cpu":  # weight decay lets most of ConvNet's weights sink below 1e-38, where CPUs become slow
+    if device.type == "cpu":  # weight decay would let most of ConvNet's weights sink below 1e-38, where it is slow
         torch.set_flush_denormal(True)
         keep_large_blocks()
     return device
