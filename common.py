@@ -497,7 +497,7 @@ def learning_rate_factor(settings: Settings, epochs_done: float) -> float:
 
 def require_finite(loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
-        advice = "so would it again; train anew with a lower learning rate or --precision fp32"
+        advice = "the same command repeats it; train anew with a lower learning rate or --precision fp32"
         raise UserError(f"the {name} loss became {loss} in epoch {epoch}: {advice}")
 
 
@@ -782,13 +782,15 @@ def train_runs(
     data, shown = load_data(args.sample, args.data_dir, device), set()
     data = split(data) if split else data
     paths = {run: args.checkpoint_dir / f"{run.settings.key()}.pt" for run in runs}
-    for run in tqdm(runs, "checking runs and checkpoints", leave=False, delay=2, disable=rank() or None):
+    unread = {path for path in paths.values() if path.exists() and not args.fresh}
+    for run, path in tqdm(paths.items(), "checking runs", leave=False, delay=2, disable=rank() or None):
         model = build(run, device, network)
         replaced = {f"seed{other.settings.seed}.json" for other in runs if other.name == run.name}
         require_same_network(output_folder(args) / question / run.name, all_parameters(model), replaced)
-        first, path = first_logits(model, data["train"], run.settings), paths[run]
-        if path.exists() and not args.fresh:
+        first = first_logits(model, data["train"], run.settings)
+        if path in unread:  # several runs may read one training
             load_checkpoint(path, run.settings, model, first)
+            unread.remove(path)
     if args.fresh:
         put_aside(paths.values())
     for run, path in paths.items():
