@@ -86,7 +86,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for augmentation in self.augment:
-            if isinstance(augmentation, type) or not is_dataclass(augmentation) or augmentation.__hash__ is None:
+            if not is_dataclass(type(augmentation)) or augmentation.__hash__ is None:
                 raise ValueError(f"{augmentation}: make it a frozen dataclass; its repr names the checkpoint")
         for field in fields(self):
             value = getattr(self, field.name)
@@ -352,8 +352,8 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
             progress.set_description_str(f"{run.name} seed {settings.seed}: epoch {epoch}/{settings.epochs}")
             train_loss, step_losses = train_epoch(network, optimizer, scaler, data["train"], settings, epoch, progress)
             lr = settings.learning_rate * learning_rate_factor(settings, epoch - 1)
-            history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr})
-            history[-1] |= validate(network, data["validation"], settings, epoch)
+            measured = validate(network, data["validation"], settings, epoch)
+            history.append({"epoch": epoch, "train_loss": train_loss, "lr": lr, **measured})
             state["step_losses"].append(step_losses)
             state["predictions"].append(evaluate(network, data["test"], settings)[1])
             state["filters"].append(first_filters(model))
@@ -481,8 +481,7 @@ def make_scaler(settings: Settings, device: torch.device) -> torch.amp.GradScale
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
     if settings.optimizer == "muon":
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        rates = settings.learning_rate, settings.filter_learning_rate
-        return MuonAndSGD(model, *rates, settings.weight_decay, dtype)
+        return MuonAndSGD(model, settings.learning_rate, settings.filter_learning_rate, settings.weight_decay, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.Adam(trained, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
@@ -585,8 +584,6 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
                 raise zipfile.BadZipFile(bad)
         state = {"first_logits": first} | torch.load(path, weights_only=True, map_location="cpu")
         state["settings"] = shaping(settings.as_dict()) | state["settings"]  # older ones lack both
-        if missing := {*new_checkpoint(settings, model, first), "model", "best", "optimizer"} - state.keys():
-            raise KeyError(missing)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -595,7 +592,8 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
         raise UserError(f"the checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
     if different := other_settings(state, settings):
         raise UserError(f"the checkpoint {path} was trained with other settings ({', '.join(different)}); {advice}")
-    shapes, expected = ({k: v.shape for k, v in found.items()} for found in (state["model"], model.state_dict()))
+    shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if state["network"] != str(model) or shapes != expected:
         raise UserError(f"the checkpoint {path} is of another network than the code builds now; {advice}")
     apart, spread = (state["first_logits"] - first).norm(), (first - first.mean(0)).norm()
@@ -649,10 +647,10 @@ def seed_files(run_folder: Path) -> list[Path]:
     return [path for path in run_folder.glob("seed*.json") if path.stem.removeprefix("seed").isdecimal()]
 
 
-def require_same_network(run_folder: Path, parameters: dict, replaced: set[str]) -> None:
+def require_same_network(run_folder: Path, parameters: dict, replaced: set[Path]) -> None:
     """Raises UserError where a run's other seeds, but for results that are about to be replaced, have other layers."""
     for path in seed_files(run_folder):
-        if path.name not in replaced and json.loads(path.read_text())["parameters"]["layers"] != parameters["layers"]:
+        if path not in replaced and json.loads(path.read_text())["parameters"]["layers"] != parameters["layers"]:
             raise UserError(f"{path} is of another network than the code builds now: move it away, or rename the run")
 
 
@@ -663,11 +661,10 @@ def as_lines(value) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def write_result(run_folder: Path, result: dict, state: dict) -> bool:
-    """seed<N>.json, and seed<N>.npz: the first layer's filters before training and at the last epoch, and the training
-    loss of every step, [epochs, steps]. Returns whether the result is new.
+def write_result(path: Path, result: dict, state: dict) -> bool:
+    """At `path`, seed<N>.json, and beside it seed<N>.npz: the first layer's filters before training and at the last
+    epoch, and the training loss of every step, [epochs, steps]. Returns whether the result is new.
     """
-    path = run_folder / f"seed{result['seed']}.json"
     text = "{\n " + ",\n ".join(f"{json.dumps(name)}: {as_lines(value)}" for name, value in result.items()) + "\n}\n"
     if path.exists() and path.with_suffix(".npz").exists() and json.loads(path.read_text()) == json.loads(text):
         return False
@@ -719,6 +716,11 @@ def output_folder(args: Namespace) -> Path:
     return args.output_dir / "sample" if args.sample else args.output_dir
 
 
+def result_path(args: Namespace, question: str, run: Run) -> Path:
+    """Where a run's result is written."""
+    return output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
+
+
 def results_lock(args: Namespace) -> AbstractContextManager:
     """Hold while results and pages are read or replaced: other processes do so too."""
     return file_lock(output_folder(args) / ".page.lock")
@@ -758,8 +760,10 @@ def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> l
     if len(asked) < len(set(runs)):
         raise UserError("two of the script's runs have one name: rename one")
     by_name = asked | {run.name: run for run in asked.values()}  # --only may name them as --list does
-    for name in [name for name in args.only or () if name not in by_name]:
-        raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{machine.did_you_mean(name, asked)}")
+    for name in args.only or ():
+        if name not in by_name:
+            hint = machine.did_you_mean(name, asked)
+            raise UserError(f"--only {name}: no such run; there are {', '.join(asked)}{hint}")
     chosen = dict.fromkeys(by_name[name] for name in args.only or asked)
     seeds = range(args.seeds) if args.seed is None else [args.seed]
     return [Run(run.name, replace(run.settings, seed=seed)) for run in chosen for seed in seeds]
@@ -772,27 +776,20 @@ def train_runs(
     written.
 
     network, prepare: see `build` and `train`. split: makes other splits of the data. --list only names the runs, and
-    with --replot there is nothing to train. What can be checked is checked before the first training.
+    with --replot there is nothing to train.
     """
     if args.list and rank() == 0:
         list_runs(question, runs, args)
     if args.list or args.replot:
         return
     machine.require_writable(args.checkpoint_dir)
-    data, shown = load_data(args.sample, args.data_dir, device), set()
+    data = load_data(args.sample, args.data_dir, device)
     data = split(data) if split else data
     paths = {run: args.checkpoint_dir / f"{run.settings.key()}.pt" for run in runs}
-    unread = {path for path in paths.values() if path.exists() and not args.fresh}
-    for run, path in tqdm(paths.items(), "checking runs", leave=False, delay=2, disable=rank() or None):
-        model = build(run, device, network)
-        replaced = {f"seed{other.settings.seed}.json" for other in runs if other.name == run.name}
-        require_same_network(output_folder(args) / question / run.name, all_parameters(model), replaced)
-        first = first_logits(model, data["train"], run.settings)
-        if path in unread:  # several runs may read one training
-            load_checkpoint(path, run.settings, model, first)
-            unread.remove(path)
+    check_runs(question, paths, args, data["train"], device, network)
     if args.fresh:
         put_aside(paths.values())
+    shown = set()
     for run, path in paths.items():
         with file_lock(path.with_suffix(".lock")) if rank() == 0 else nullcontext():  # the others wait at the barrier
             barrier()
@@ -801,13 +798,31 @@ def train_runs(
                 say(description)
             shown.add(description)
             parameters = all_parameters(model)  # before `distribute` exchanges layers
-            state, new = train(run, model, data, device, path, prepare), False
+            state = train(run, model, data, device, path, prepare)
+            new = False
             if rank() == 0:
                 result = make_result(question, run, parameters, state, data["test"].labels)
                 with results_lock(args):
-                    new = write_result(output_folder(args) / question / run.name, result, state)
+                    new = write_result(result_path(args, question, run), result, state)
         if new:
             yield run
+
+
+def check_runs(
+    question: str, paths: dict[Run, Path], args: Namespace, images: Split, device: torch.device, network: Callable
+) -> None:
+    """What would end a sweep at one of its runs: results of another network, a checkpoint that cannot go on, an
+    augmentation that fails. paths: of the checkpoints. images: to train on. Raises UserError.
+    """
+    replaced = {result_path(args, question, run) for run in paths}
+    unread = set() if args.fresh else {path for path in paths.values() if path.exists()}
+    for run, path in tqdm(paths.items(), "checking runs", leave=False, delay=2, disable=rank() or None):
+        model = build(run, device, network)
+        require_same_network(result_path(args, question, run).parent, all_parameters(model), replaced)
+        first = first_logits(model, images, run.settings)
+        if path in unread:  # several runs may read one training
+            load_checkpoint(path, run.settings, model, first)
+            unread.remove(path)
 
 
 def put_aside(paths: Iterable[Path]) -> None:
@@ -828,7 +843,7 @@ def list_runs(question: str, runs: Sequence[Run], args: Namespace) -> None:
     """--list: every run, its checkpoint and its state."""
     width = max(len(run.name) for run in runs)
     for run in runs:
-        result = output_folder(args) / question / run.name / f"seed{run.settings.seed}.json"
+        result = result_path(args, question, run)
         path = args.checkpoint_dir / f"{run.settings.key()}.pt"
         state = run_state(path, run.settings, result.exists())
         say(f"{run.name:<{width}}  seed {run.settings.seed}  {run.settings.epochs:>3} epochs  {path.name}  {state}")

@@ -120,8 +120,7 @@ def mark_stops(axes, whole: Result, curve: str, patiences: Sequence[int], color:
         axes.text(stop, 1.01 + 0.04 * row, ", ".join(names), color=color, ha="center", fontsize=8, transform=place)
 
 
-BASELINES = ("convnet", "convnet_full")
-QUESTION = Question("q2", "q2_batchnorm_earlystop.py", __doc__, RUNS, CLAIMS, figures, BASELINES)
+QUESTION = Question("q2", "q2_batchnorm_earlystop.py", __doc__, RUNS, CLAIMS, figures, ("convnet", "convnet_full"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -67,9 +67,11 @@ def choose_precision(name: str, device: torch.device) -> str:
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
-    cpu, tensor_cores = cpu_capabilities(), False
-    native = device.type == "cpu" and any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    slow = device.type == "cpu" and "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
+    native = slow = tensor_cores = False
+    if device.type == "cpu":
+        cpu = cpu_capabilities()
+        native = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        slow = "Intel" in cpu.get("cpu_name", "") and not cpu.get("amx_bf16")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         native = capability >= (8, 0)

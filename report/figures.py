@@ -199,8 +199,8 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
     for name, plot in RUN_FIGURES.items():
         shown = found[:1] if plot is plot_filters else found
         stamp = "-".join(result.digest for result in shown)
-        path = found[0].path.with_name(f"{name}.png")
-        if anew or not is_drawn(path, stamp) or (also and not is_drawn(path.with_suffix(f".{also}"), stamp)):
+        path, kinds = found[0].path.with_name(f"{name}.png"), ("png", also) if also else ("png",)
+        if anew or not all(is_drawn(path.with_suffix(f".{kind}"), stamp) for kind in kinds):
             save_figure(plot(shown), path, also, stamp)
 
 
@@ -230,8 +230,8 @@ def plot_overview(rows: Sequence[ReportRow]) -> Figure:
             label.set_fontweight("bold")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.89)}
-    figure.legend(unique.values(), unique.keys(), **place, ncols=2, frameon=False)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.89)}
+    figure.legend(unique.values(), unique.keys(), **above, ncols=2, frameon=False)
     return figure
 
 
@@ -242,13 +242,12 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
         axes.barh(place, 2 * row.half, 0.55, left=left, color="tab:blue", alpha=0.22, linewidth=0, label=label)
     label = "ours, measured as the report does, a dot per seed"
     axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
-    style = {"markeredgewidth": 2}
     if row.results:
         label, test = "ours, best weights, all 10,000 test images, mean", values(row.results, "test").mean()
-        axes.plot(test, place, "|", color="tab:orange", markersize=12, **style, label=label)
-    axes.plot(row.reported, place, "x", color="black", markersize=8, **style, label="the report")
-    style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
-    axes.text(1.01, place, row.verdict, color=COLORS.get(row.verdict, "0.5"), **style)
+        axes.plot(test, place, "|", color="tab:orange", markersize=12, markeredgewidth=2, label=label)
+    axes.plot(row.reported, place, "x", color="black", markersize=8, markeredgewidth=2, label="the report")
+    beside = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    axes.text(1.01, place, row.verdict, color=COLORS.get(row.verdict, "0.5"), **beside)
 
 
 def plot_claims(claims: Sequence[dict]) -> Figure:

@@ -158,10 +158,11 @@ def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced:
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
     results = {}
     for name in [*settings, *sorted({path.name for path in folder.glob("*/")} - settings.keys())]:
-        if found := read_run(folder / name, sample, replaced):
+        found = read_run(folder / name, sample, replaced)
+        if found:
             results[name] = found
-        for result in found if name in settings else ():
-            require_same_settings(result, settings[name].as_dict(), f"the run {name} of {folder.name}")
+        if found and name in settings:  # they have the same settings among themselves
+            require_same_settings(found[0], settings[name].as_dict(), f"the run {name} of {folder.name}")
     return results
 
 
@@ -191,9 +192,9 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
             arrays = {name: saved[name] for name in ("before", "last", "step_losses")}
     except Exception as error:  # a damaged file fails anywhere in zipfile, zlib or numpy
         raise UserError(f"{path} is missing or damaged ({error}): {advice}") from error
-    losses, steps = result.curves["train_loss"], arrays["step_losses"].shape[1]
-    means = [arrays["step_losses"][:, :n].mean(1) for n in (steps, max(1, steps - 1))]  # a last batch may be smaller
-    if len(means[0]) != len(losses) or np.any(np.abs(losses - np.clip(losses, *np.sort(means, 0))) > 1e-3 * losses):
+    losses, steps = result.curves["train_loss"], arrays["step_losses"]
+    means = np.sort([steps.mean(1), steps[:, : max(1, steps.shape[1] - 1)].mean(1)], 0)  # a last batch may be smaller
+    if len(steps) != len(losses) or not np.allclose(np.clip(losses, *means), losses, rtol=1e-3, atol=0):
         raise UserError(f"{path} is of another training than {result.path.name} beside it: {advice}")
     return arrays
 
@@ -205,17 +206,12 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
 def the_report() -> dict:
     """Its "numbers", which it prints; its "figures", which say how they were read; the "filters" of its Figures 2
     ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero is not printed: before training it is the
-    middle of the range, as PyTorch draws them; after it, it is taken to be the mean. Raises UserError.
+    middle of the range, as PyTorch draws them; after it, it is taken to be the mean.
     """
-    try:
-        found = json.loads((HERE / "report.json").read_text(encoding="utf-8"))
-        with np.load(HERE / "filters.npz") as saved:
-            before, after = saved["before"], saved["after"]
-        filters = {"before": before - 127.5, "last": after - after.mean()}
-        return {"numbers": found["numbers"], "figures": found["figures"], "filters": filters}
-    except Exception as error:  # a damaged file fails anywhere in json, zipfile or numpy
-        what = "a part of this repository, is missing or damaged: restore it with git"
-        raise UserError(f"report.json or filters.npz in {HERE}, {what} ({error})") from error
+    found = json.loads((HERE / "report.json").read_text(encoding="utf-8"))
+    with np.load(HERE / "filters.npz") as saved:
+        before, after = saved["before"], saved["after"]
+    return found | {"filters": {"before": before - 127.5, "last": after - after.mean()}}
 
 
 def reported(question: str, run: str) -> dict:
@@ -235,7 +231,9 @@ def smoothness(filters: np.ndarray) -> tuple[float, int]:
     energy = (dctn(filters.astype(float), axes=(2, 3), norm="ortho") ** 2).sum(1)  # [C_out, 3, 3]
     total = energy.sum((1, 2))
     smooth = (energy[:, 0, 0] + energy[:, 0, 1] + energy[:, 1, 0])[total > 0]
-    return float(100 * np.mean(smooth / total[total > 0])) if smooth.size else 0.0, int(smooth.size)
+    if not smooth.size:
+        return 0.0, 0
+    return float(100 * np.mean(smooth / total[total > 0])), int(smooth.size)
 
 
 def curve_distance(figure: dict, results: Sequence[Result], curve: str) -> float:
@@ -348,11 +346,12 @@ def difference(one: Sequence[Result], other: Sequence[Result], what: str, noise:
     return Difference(value, noise.half(factor) if noise else None)
 
 
-def one_more(results: Sequence[Result], what: str, noise: Noise | None) -> float | None:
-    """How far from the mean one more seed of a run would fall: half of the 95 % prediction interval; of an unsteady run
-    by its own seeds. None where fewer than two degrees of freedom tell how far seeds lie apart.
+def one_more(results: Sequence[Result], noise: Noise | None) -> float | None:
+    """How far from the mean one more seed of a run would fall, tested as the report does: half of the 95 % prediction
+    interval; of an unsteady run by its own seeds. None where fewer than two degrees of freedom tell how far seeds lie
+    apart.
     """
-    own = values(results, what)
+    own = values(results, "alike")
     if not results[0].is_steady:
         noise = pooled([own])
     if noise is None or noise.df < 2:
@@ -396,7 +395,7 @@ def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
     rows = []
     for (question, run), results in found.items():
         noise = noise_alike(found.values(), results[0].settings["network"]) if results else None
-        half = one_more(results, "alike", noise) if results else None
+        half = one_more(results, noise) if results else None
         rows.append(ReportRow(question, run, reported(question, run)["test"], results, half))
     return rows
 

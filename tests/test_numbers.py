@@ -42,15 +42,6 @@ def test_a_damaged_result_is_named(q1, damage):
         read_question(q1, [], sample=False)
 
 
-@pytest.mark.parametrize("content", [None, '{"numbers": {}}'])
-def test_the_reports_numbers_are_a_part_of_the_repository(monkeypatch, tmp_path, content):
-    monkeypatch.setattr(numbers, "HERE", tmp_path)
-    if content:
-        (tmp_path / "report.json").write_text(content)
-    with pytest.raises(UserError, match="report.json .* is missing or damaged: restore it with git"):
-        numbers.the_report.__wrapped__()
-
-
 def test_results_of_other_settings_than_the_other_seeds_are_named(q1):
     path = q1 / "convnet/seed1.json"
     edit(path, lambda result: result["settings"].update(precision="fp32"))
@@ -156,15 +147,15 @@ def test_readings_of_the_same_trainings_are_compared_seed_by_seed_and_unsteady_r
 
 
 def test_where_one_more_seed_falls():
-    half = one_more(seeds("a", [80, 82]), "alike", Noise(1, 6))
+    half = one_more(seeds("a", [80, 82]), Noise(1, 6))
     assert half == pytest.approx(t.ppf(0.975, 6) * math.sqrt(1 + 1 / 2))
     rows = [numbers.ReportRow("q1", "a", told, seeds("a", [80, 82]), 2.0) for told in (78.9, 79.1, 82.9, 83.1)]
     assert [row.verdict for row in rows] == ["outside", "inside", "inside", "outside"]
     verdicts = [replace(rows[0], half=half).verdict for half in (None, 9.0, 11.0)]
     assert verdicts == ["too few seeds", "inside", "inside, but wide"]
     unsteady = seeds("b", [40, 60, 50], dropout=0.6)
-    assert one_more(unsteady, "alike", Noise(0.1, 99)) > 30
-    assert one_more(unsteady[:2], "alike", Noise(0.1, 99)) is None
+    assert one_more(unsteady, Noise(0.1, 99)) > 30
+    assert one_more(unsteady[:2], Noise(0.1, 99)) is None
 
 
 def test_question_1s_training_may_stand_in_question_2():

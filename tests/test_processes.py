@@ -32,7 +32,8 @@ def train_steps(folder, changes: dict, stops: tuple[int, ...] = (1,)) -> dict:
         model, path = build(run, CPU), folder / f"{run.settings.key()}-{len(stops)}-of-{max(stops)}.step"
         state = common.train(run, model, data, CPU, path)
     found = {"gradients": [p.grad for p in model.parameters()], "weights": [p.data for p in model.parameters()]}
-    return found | {"loss": state["history"][0]["train_loss"], "buffers": dict(model.named_buffers())}
+    found |= {"loss": state["history"][0]["train_loss"], "buffers": dict(model.named_buffers())}
+    return found | {"environment": state["environments"][0]}
 
 
 def main() -> None:
@@ -89,17 +90,10 @@ def test_one_step_of_three_processes_has_the_gradients_of_one(killed, narrow, tm
     assert buffers and all(torch.equal(buffers[name], same[name]) for name in buffers)  # the first process's, for all
     alone = train_steps(tmp_path, CHANGES["batch norm"])["buffers"]  # each process normalises its own part of the batch
     assert not torch.allclose(buffers["features.1.running_mean"], alone["features.1.running_mean"], rtol=1e-4, atol=0)
+    recorded = {name: "batch_norm" in of_first[name]["environment"] for name in CHANGES}
+    assert recorded == {"adam": False, "muon": False, "batch norm": True}
 
 
 def test_three_processes_go_on_to_the_very_same_weights(killed):
     steps = torch.load(killed / "step.0", weights_only=True)
     torch.testing.assert_close(steps["resumed"]["weights"], steps["whole"]["weights"], rtol=0, atol=0)
-
-
-def test_batch_norm_over_parts_of_a_batch_is_recorded(monkeypatch, narrow):
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    for batch_norm, device, recorded in ((True, "cpu", True), (False, "cpu", False), (True, "cuda", False)):
-        state = {"history": [{}], "environments": []}
-        monkeypatch.setattr(machine, "environment", lambda *_: {"device": "x"})
-        common.note_environment(state, common.ConvNet(batch_norm), torch.device(device), "fp32")
-        assert ("batch_norm" in state["environments"][0]) == recorded

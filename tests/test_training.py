@@ -409,24 +409,14 @@ def test_a_score_counts_the_report_s_images_and_all():
 def test_a_result_is_written_once(small, two_epochs, tmp_path):
     state, run = two_epochs[1], Run("test", dataclasses.replace(SETTINGS, epochs=1))  # its first epoch
     result = make_result("q1", run, PARAMETERS, state, small["test"].labels)
-    assert common.write_result(tmp_path, result, state) and not common.write_result(tmp_path, result, state)
-    assert json.loads((tmp_path / "seed0.json").read_text()) == json.loads(json.dumps(result))
+    path = tmp_path / "seed0.json"
+    assert common.write_result(path, result, state) and not common.write_result(path, result, state)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     with np.load(tmp_path / "seed0.npz") as arrays:
         assert np.array_equal(arrays["step_losses"], torch.stack(state["step_losses"][:1]))
         assert np.array_equal(arrays["before"], fresh(small)[0].features[0].weight.detach())
         assert np.array_equal(arrays["last"], state["filters"][1])
     assert torch.equal(state["filters"][2], state["model"]["features.0.weight"])
-
-
-def test_no_seed_of_another_network_joins_a_run(quick, tmp_path, monkeypatch, capsys):
-    """Nor does one begin a sweep whose last run would."""
-    options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", *folders(tmp_path)]
-    q2_batchnorm_earlystop.main([*options, "--only", "batchnorm"])
-    monkeypatch.setattr(common, "CHANNELS", (8, 8, 8, 8, 8))
-    monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
-    with pytest.raises(SystemExit):
-        q2_batchnorm_earlystop.main([*options, "--only", "convnet", "batchnorm", "--seed=1"])
-    assert "seed0.json is of another network than the code builds now" in capsys.readouterr().err
 
 
 def test_a_sweep_waits_for_another_process_and_fresh_keeps_the_old_checkpoint(quick, tmp_path, monkeypatch):
@@ -471,14 +461,15 @@ def test_an_interrupted_fresh_sweep_takes_no_old_checkpoint_for_done(quick, tmp_
     assert sorted(path.suffix for path in (tmp_path / "checkpoints").glob("*.*")) == [".lock"] * 2 + [".old"] * 2
 
 
-def test_everything_is_checked_before_anything_is_trained(quick, tmp_path, monkeypatch, capsys):
-    """The checkpoint of a sweep's second run is damaged."""
-    monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
-    run = q2_batchnorm_earlystop.RUNS[1]
-    settings = dataclasses.replace(common.on_sample(run.settings), precision="fp32")
-    path = tmp_path / "checkpoints" / f"{settings.key()}.pt"
-    path.parent.mkdir()
+def test_nothing_is_trained_before_everything_is_checked(quick, tmp_path, monkeypatch, capsys):
+    """A sweep's last run has a damaged checkpoint; or, with a seed more, results of another network."""
+    options = ["--sample", "--epochs=1", "--precision=fp32", "--device=cpu", *folders(tmp_path)]
+    q2_batchnorm_earlystop.main([*options, "--only", "batchnorm"])
+    (path,) = (tmp_path / "checkpoints").glob("*.pt")
     path.write_bytes(b"damaged")
-    with pytest.raises(SystemExit) as end:
-        q2_batchnorm_earlystop.main(["--sample", "--precision=fp32", "--device=cpu", *folders(tmp_path)])
-    assert end.value.code == 2 and f"the checkpoint {path} is damaged" in capsys.readouterr().err
+    monkeypatch.setattr(common, "train", lambda *_: pytest.fail("trained"))
+    for seed, message in ((0, f"the checkpoint {path} is damaged"), (1, "seed0.json is of another network than")):
+        with pytest.raises(SystemExit) as end:
+            q2_batchnorm_earlystop.main([*options, "--only", "convnet", "batchnorm", f"--seed={seed}"])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+        monkeypatch.setattr(common, "CHANNELS", (8, 8, 8, 8, 8))
