@@ -239,7 +239,9 @@ def figures(results: Results) -> dict[str, fig.Figure]:
     """The validation curves of all runs in the same axes, the report's and question 1's; training loss by step."""
     own = {run: found for run, found in results.items() if found[0].question == "q4"}
     first = next(iter(own.values()))[0]
-    figure, axes = fig.new_axes(first, "VGG11_bn and question 1's network", "validation accuracy (%)")
+    heading = "VGG11_bn and question 1's network, on images as they are"
+    heading += "" if first.is_sample else "; the report's, on images flipped at random"
+    figure, axes = fig.new_axes(first, heading, "validation accuracy (%)")
     for run, found in results.items():
         label, style = (name_of(run), "-") if run in own else (f"question 1's {name_of(run)}", "--")
         fig.plot_curve(axes, found, "validation_accuracy", label, linestyle=style)

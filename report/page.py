@@ -15,7 +15,7 @@ from itertools import chain
 import jinja2
 import numpy as np
 
-from common import Run, output_folder, results_lock
+from common import Run, output_folder, result_path, results_lock
 from parts.machine import UserError, rank, require_writable, say, tell
 from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
@@ -41,7 +41,6 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     """Before the training of these runs: what would fail after it. Raises UserError."""
     if args.list:
         return
-    numbers.the_report()
     root = output_folder(args)
     folder = root / question.name
     if args.replot and not folder.is_dir():
@@ -51,7 +50,7 @@ def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespac
     drawn = {run.name for run in (*question.runs, *runs)}
     for path in [*written, *(folder / run / f"{name}.png" for run in drawn for name in RUN_FIGURES)]:
         require_ours(path)
-    replaced = [] if args.replot else [folder / run.name / f"seed{run.settings.seed}.json" for run in runs]
+    replaced = [] if args.replot else [result_path(args, question.name, run) for run in runs]
     for path in (root, folder, *(folder / run.name for run in runs if (folder / run.name).exists())):
         require_writable(path)
     with results_lock(args):
@@ -139,7 +138,8 @@ def interval_in_words(part: dict) -> str:
     text = f"{in_words(part['difference'], part['half'], numbers.DIGITS.get(part['on'], 2))} {part['unit']}"
     if part["half"] is not None:
         return text
-    return f"{text} (too few seeds)" if part["difference"] else f"{text} (alike in every seed)"
+    alike = len(part["runs"]) > 1 and not part["difference"]
+    return f"{text} (alike in every seed)" if alike else f"{text} (too few seeds)"
 
 
 def read_findings(folder) -> str:
@@ -158,12 +158,16 @@ def question_content(question: Question, own: Results, results: Results, args: a
     """What question.md.jinja shows, but for the claims and the figures. results: its own, and those beside."""
     noise = numbers.steady_noise(results.values(), "test")
     weights = {found[0].settings["weights"] for found in own.values()}
-    by_parts = [run for run, found in own.items() if any("batch_norm" in e for r in found for e in r.environments)]
     runs = dict.fromkeys([*(run.name for run in question.runs), *own])
     table = [HEAD, *(run_row(question, run, own, noise) for run in runs if run in own or not args.sample)]
     if question.name not in numbers.the_report()["numbers"]:  # which has nothing to stand beside
         table = [[cell.removesuffix(": report / ours").removeprefix("- / ") for cell in row] for row in table]
     shown = [c for c in zip(*table) if set(c[1:]) != {"-"} and not (args.sample and "report" in c[0])]  # columns
+    by_parts = []
+    for run, found in own.items():
+        environments = chain(*(result.environments for result in found))
+        if any("batch_norm" in here for here in environments):
+            by_parts.append(name_of(run))
     return {
         "question": question,
         "sample": args.sample,
@@ -172,10 +176,11 @@ def question_content(question: Question, own: Results, results: Results, args: a
         "table": list(zip(*shown)),
         "report_figures": [f for f in numbers.the_report()["figures"] if f["question"] == question.name],
         "machines": machines(own),
+        "settings": shared_settings(own) if own else "",
         "stand_ins": sorted(name for name in weights if " sha256:" in name),
         "noise": noise,
         "beside": [path for path in question.beside if path.split("/")[1] in results],
-        "by_parts": [name_of(run) for run in by_parts],
+        "by_parts": by_parts,
     }
 
 
@@ -190,6 +195,14 @@ HEAD = [
     "from the report's curve",
     "gap",
 ]
+
+
+def shared_settings(own: Results) -> str:
+    """What all these runs are trained with, but for what is switched off."""
+    every = [result.settings for result in chain(*own.values())]
+    shared = [name for name in every[0] if all(settings[name] == every[0][name] for settings in every)]
+    words = {name: str(every[0][name]) for name in shared if every[0][name] not in (None, "none", [], 0)}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
 def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> list[str]:
@@ -207,7 +220,9 @@ def run_row(question: Question, run: str, own: Results, noise: Noise | None) -> 
     seeds = ", ".join(f"{result.best_epoch}/{result.epochs}" for result in found)
     if [result.seed for result in found] != [*range(len(found))]:
         seeds += f" (seed{'s' if len(found) > 1 else ''} {', '.join(str(result.seed) for result in found)})"
-    if len(precisions := {result.settings["precision"] for result in found}) > 1:
+    everywhere = {result.settings["precision"] for result in chain(*own.values())}
+    precisions = {result.settings["precision"] for result in found}
+    if len(everywhere) > 1 and precisions != {"bf16"}:
         seeds += f" (in {' and '.join(sorted(precisions))})"
     epochs = found[0].settings["epochs"]
     baselines = [own[name] for name in question.baselines if name in own and own[name][0].settings["epochs"] == epochs]
@@ -283,12 +298,10 @@ def read_claims(root) -> list[dict]:
     claims = []
     for path in sorted(root.glob("q[0-9]/claims.json")):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["claims"]
-            for claim in found:
-                shown = [(MARKS[part["mark"]], part["text"], interval_in_words(part)) for part in claim["parts"]]
-                if not shown or not {"number", "text", "note"} <= claim.keys():
-                    raise ValueError("a part is missing")
-            claims += found
+            for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]:
+                for part in claim["parts"]:
+                    _ = MARKS[part["mark"]], part["text"], interval_in_words(part)  # what is shown
+                claims.append({name: claim[name] for name in ("number", "text", "note", "parts")})
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged, or of an older version: delete it, and run that question with --replot"
@@ -304,7 +317,7 @@ def overview_content(root, sample: bool, replaced: Sequence = ()) -> dict:
     questions, claims = numbers.read_questions(root, replaced), read_claims(root)
     rows = numbers.report_rows(questions)
     content |= {"findings": read_findings(root), "rows": rows, "claims": claims}
-    content |= {"best": numbers.read_run(root / "q5/strong", replaced=replaced)}
+    content["modern"] = [numbers.read_run(root / "q5" / run, replaced=replaced) for run in ("strong", "fast")]
     content["marks"] = [part["mark"] for claim in claims if not claim["note"] for part in claim["parts"]]
     content["noise"] = numbers.noise_alike((row.results for row in rows), "ConvNet")
     # a reading that several questions share counts once; those that stopped early stand apart
