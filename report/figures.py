@@ -241,11 +241,12 @@ def plot_row(axes, place: int, row: ReportRow) -> None:
         label, left = "where one more seed of ours would fall (95 %)", alike.mean() - row.half
         axes.barh(place, 2 * row.half, 0.55, left=left, color="tab:blue", alpha=0.22, linewidth=0, label=label)
     label = "ours, measured as the report does, a dot per seed"
-    axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=5.5, label=label)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.7, "zorder": 3}  # apart where they overlap
+    axes.plot(alike, [place] * len(alike), "o", color="tab:blue", markersize=6.5, **edge, label=label)
     if row.results:
         label, test = "ours, best weights, all 10,000 test images, mean", values(row.results, "test").mean()
         axes.plot(test, place, "|", color="tab:orange", markersize=12, markeredgewidth=2, label=label)
-    axes.plot(row.reported, place, "x", color="black", markersize=8, markeredgewidth=2, label="the report")
+    axes.plot(row.reported, place, "x", color="black", markersize=10, markeredgewidth=2, label="the report")
     beside = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
     axes.text(1.01, place, row.verdict, color=COLORS.get(row.verdict, "0.5"), **beside)
 
