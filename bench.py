@@ -152,7 +152,8 @@ def read_clock(device: torch.device) -> float:
 
 def take_turn(make_loop: Callable, what: tuple, steps: int) -> tuple[float, float]:
     """In a process of its own: train for so many steps; returns ms per step, and the peak memory."""
-    train, device = make_loop(*what), what[-1]
+    train = make_loop(*what)
+    device = what[-1]
     start = read_clock(device)
     train(steps)
     ms = 1000 * (read_clock(device) - start) / steps
@@ -164,7 +165,8 @@ def print_training(run: Run, network: Callable, args: argparse.Namespace, device
     """A row of the first table."""
     process = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
     silent = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    what, rounds = (run, network, args.data_dir, device), []
+    what = run, network, args.data_dir, device
+    rounds = []
     with process(*silent) as plain, process(*silent) as ours:
         for steps in (WARM_UP, *[args.steps] * args.rounds):
             loops = (plain, plain_loop), (ours, our_loop)

@@ -178,7 +178,7 @@ def open_cifar10(data_dir: Path) -> list[CIFAR10]:
         with file_lock(data_dir / ".download.lock"):  # another process may be downloading it
             here = data_dir / CIFAR10.base_folder
             missing = not here.is_dir() or not any(here.iterdir())
-            missing |= (data_dir / CIFAR10.filename).exists()  # the archive: its extraction was interrupted
+            missing |= (data_dir / CIFAR10.filename).exists()  # the archive, to extract them anew
             return [CIFAR10(data_dir, train=train, download=missing) for train in (True, False)]
 
 
@@ -331,7 +331,8 @@ def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.devi
     Returns the checkpoint (see `new_checkpoint`), which is replaced after every epoch and holds what any rule could ask
     for later. prepare(model, data, settings) returns the data to train on in their place.
     """
-    settings, first = run.settings, first_logits(model, data["train"], run.settings)
+    settings = run.settings
+    first = first_logits(model, data["train"], settings)
     state = load_checkpoint(path, settings, model, first) if path.exists() else new_checkpoint(settings, model, first)
     history = state["history"]
     if stops_after(history, settings):
@@ -379,7 +380,8 @@ def train_epoch(
     order = torch.randperm(len(split), generator=generator(settings.seed, epoch, "order"))
     rng = generator(settings.seed, epoch, "augment")
     torch.manual_seed(stream_seed(settings.seed, epoch, "dropout") + rank())
-    total, seen, step_losses = torch.zeros((), device=device), 0, []
+    total, seen = torch.zeros((), device=device), 0
+    step_losses = []
     batches = order.split(settings.batch_size)
     for step, index in enumerate(batches, 1):
         factor = learning_rate_factor(settings, epoch - 1 + (step - 1) / len(batches))
@@ -502,7 +504,8 @@ def require_finite(loss: float, name: str, epoch: int) -> None:
 
 def make_progress(run: Run, images: int, epochs_done: int) -> tqdm:
     """A bar over all images of all epochs, at their average speed; of the first process, on a terminal."""
-    total, done, hide = run.settings.epochs * images, epochs_done * images, rank() or None  # None: without a terminal
+    total, done = run.settings.epochs * images, epochs_done * images
+    hide = rank() or None  # None: without a terminal
     return tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0, disable=hide)
 
 
@@ -668,9 +671,11 @@ def write_result(path: Path, result: dict, state: dict) -> bool:
     text = "{\n " + ",\n ".join(f"{json.dumps(name)}: {as_lines(value)}" for name, value in result.items()) + "\n}\n"
     if path.exists() and path.with_suffix(".npz").exists() and json.loads(path.read_text()) == json.loads(text):
         return False
-    last, filters, buffer = len(result["history"]), state["filters"], io.BytesIO()
+    last = len(result["history"])
     losses = torch.stack(state["step_losses"][:last]).numpy()
-    np.savez_compressed(buffer, step_losses=losses, before=filters[0].numpy(), last=filters[last].numpy())
+    before, after = (state["filters"][epoch].numpy() for epoch in (0, last))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, step_losses=losses, before=before, last=after)
     write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     write_atomic(path, text.encode())
     return True
@@ -692,7 +697,8 @@ positive = partial(whole_number, least=1)
 def make_parser(doc: str | None) -> machine.Parser:
     """The options all question scripts share; `doc` is the script's docstring, its manual."""
     parser = machine.Parser(doc)
-    add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    seeds = parser.add_mutually_exclusive_group()
     add("--list", action="store_true", help="show every run and its state, and exit")
     add("--only", nargs="+", action="extend", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
@@ -740,7 +746,8 @@ def asked_for(run: Run, args: Namespace, precision: str) -> Run:
     """The run with the command line's settings. With other epochs, or a precision that was asked for, it has a name of
     its own, and does not overwrite the run in the report's setting.
     """
-    name, settings = run.name, replace(run.settings, precision=precision)
+    name = run.name
+    settings = replace(run.settings, precision=precision)
     if args.sample:
         settings = on_sample(settings)
     if args.epochs and args.epochs != settings.epochs:

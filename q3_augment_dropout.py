@@ -227,7 +227,8 @@ def plot_as_the_report(axes, runs: dict[float, list[Result]]) -> None:
 def preview(augmentations: tuple, images: Tensor, heading: str) -> fig.Figure:
     """What an augmentation does: every row one image, uint8 [n, 3, 32, 32], the original and eight draws."""
     figure, grid = fig.new_grid(len(images), 9, (1.22, 1.3))
-    rng, original = generator(0, 1, "augment"), images.float() / 255
+    original = images.float() / 255
+    rng = generator(0, 1, "augment")
     for column, axes in enumerate(grid.reshape(len(images), 9).T):
         drawn = augment(original.clone(), augmentations, rng, len(images)) if column else original
         for ax, image in zip(axes, drawn.clamp(0, 1)):

@@ -216,7 +216,8 @@ class FeatureSplit(Split):
 def compute_features(model: VGG11, split: Split, settings: Settings, name: str) -> FeatureSplit:
     """Run the backbone once over `split` and over its mirror images."""
     model.eval()
-    device, features = split.labels.device, []
+    device = split.labels.device
+    features = []
     batches = torch.arange(len(split)).split(settings.batch_size)
     for index in tqdm(batches, desc=f"features of the {name} images", disable=rank() or None):
         images, _ = split.batch(index, settings)

@@ -185,7 +185,8 @@ def processes(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The first process may wait for a lock while the others wait for it.
-    patience, gpu = datetime.timedelta(days=2), device if device.type == "cuda" else None
+    patience = datetime.timedelta(days=2)
+    gpu = device if device.type == "cuda" else None
     torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
     try:
         yield
