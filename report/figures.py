@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -47,6 +47,11 @@ def save_figure(figure: Figure, path: Path, also: str | None = None, stamp: str 
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=110, bbox_inches="tight", metadata=metadata[kind])
         write_ours(path.with_suffix(f".{kind}"), buffer.getvalue())
+
+
+def stamp_of(found: Iterable[Result]) -> str:
+    """Of a picture that is drawn from these."""
+    return "-".join(result.digest for result in found)
 
 
 def is_drawn(path: Path, stamp: str) -> bool:
@@ -198,8 +203,9 @@ def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
     """RUN_FIGURES of one run, all seeds, beside its results; of those that are drawn already only with `anew`."""
     for name, plot in RUN_FIGURES.items():
         shown = found[:1] if plot is plot_filters else found
-        stamp = "-".join(result.digest for result in shown)
-        path, kinds = found[0].path.with_name(f"{name}.png"), ("png", also) if also else ("png",)
+        stamp = stamp_of(shown)
+        path = found[0].path.with_name(f"{name}.png")
+        kinds = ("png", also) if also else ("png",)
         if anew or not all(is_drawn(path.with_suffix(f".{kind}"), stamp) for kind in kinds):
             save_figure(plot(shown), path, also, stamp)
 

@@ -19,7 +19,7 @@ from common import Run, output_folder, result_path, results_lock
 from parts.machine import UserError, rank, require_writable, say, tell
 from report import figures, numbers
 from report.claims import MARKS, Claim, judge_claims
-from report.figures import MADE_BY, RUN_FIGURES, Figure, require_ours, save_figure
+from report.figures import MADE_BY, RUN_FIGURES, Figure, require_ours, save_figure, stamp_of
 from report.numbers import Noise, Result, Results, difference, mean, name_of, values
 
 
@@ -98,7 +98,7 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
             figures.draw_run(found, args.figures, anew)
         drawings = question.figures(results) if own else {}
         for name, figure in drawings.items():
-            save_figure(figure, folder / name, args.figures)
+            save_figure(figure, folder / name, args.figures, stamp_of(chain(*results.values())))
         claims = [] if args.sample else judge_claims(question.claims, results)
         if claims:
             text = json.dumps({"made_by": MADE_BY, "claims": claims}, indent=1) + "\n"
@@ -108,7 +108,8 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
         write_page(folder / "README.md", "question.md.jinja", content)
         overview = overview_content(root, args.sample)
         if not args.sample:
-            save_figure(figures.plot_overview(overview["rows"]), root / "overview.png", args.figures)
+            stamp = stamp_of(chain(*(row.results for row in overview["rows"])))
+            save_figure(figures.plot_overview(overview["rows"]), root / "overview.png", args.figures, stamp)
         if overview.get("claims"):
             save_figure(figures.plot_claims(overview["claims"]), root / "claims.png", args.figures)
         write_page(root / "README.md", "overview.md.jinja", overview)
@@ -117,8 +118,9 @@ def write_pages(question: Question, args: argparse.Namespace, anew: bool = False
 
 def write_page(path, template: str, content: dict) -> None:
     """Of a template; blank lines that blocks leave behind are dropped."""
-    loader, options = jinja2.FileSystemLoader(numbers.HERE), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    loader = jinja2.FileSystemLoader(numbers.HERE)
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     for function in (distance, in_words, interval_in_words, name_of, values, with_deviation, np.median):
         environment.globals[function.__name__] = function
     text = environment.get_template(template).render(**content, MADE_BY=MADE_BY, MARKS=MARKS, WIDE=numbers.WIDE)
