@@ -64,3 +64,5 @@ def test_the_narrowest_gap_counts_either_way():
 def test_overfitting_is_a_validation_loss_that_ends_above_its_lowest():
     for lasts, mark in (([1.2, 1.22, 1.21], "holds"), ([1.01, 1.01, 1.02], "does not hold"), ([1.5], "cannot be told")):
         assert judge(overfits("a"), {"a": with_losses("a", 0.5, lasts)})["mark"] == mark
+    lowest_at_the_end = {"a": with_losses("a", 0.5, [0.9])}
+    assert interval_in_words(judge(overfits("a"), lowest_at_the_end)) == "+0.00 % (too few seeds)"
