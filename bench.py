@@ -5,19 +5,20 @@
     python bench.py --rounds 20 --steps 100  # for a GPU, where a step takes milliseconds
 
 The plain loop is the one of the tutorials (`plain_epoch`): torchvision's CIFAR10 through a DataLoader, PIL images,
-PyTorch's own layers, float32, NCHW, the default Adam, `loss.item()` at every step. Ours is `common.train_epoch`, set up
+PyTorch's own layers, float32 (convolutions on newer GPUs in TF32, PyTorch's default), NCHW, the default Adam,
+`loss.item()` at every step. Ours is `common.train_epoch`, set up
 as the question scripts do. Each has a process of its own and starts from the same weights; they take turns.
 
 Printed: the machine, and three tables.
-- Training question 1's network (plain, with batch norm, with dropout) and fine-tuning VGG11_bn: ms per step (median
+- Training question 1's network (as it is, with batch norm, with dropout) and VGG11_bn, all of it: ms per step (median
   over rounds) and images/s of both; how many times faster ours is (median, least and greatest of the rounds' ratios);
   the peak memory of each process (on CUDA: of its tensors; else all of it, without the DataLoader's workers).
 - On a CPU, every convolution of the networks in our precision, direction by direction: ms of PyTorch's kernel and of
   ours (parts/layers.py; in float32 Winograd's algorithm, else the matrix product); a star marks what the rule chooses.
 - Augmentation: ms per batch of 200, torchvision's on PIL images one by one, as in a DataLoader's worker, and ours.
 
-Two CPU cores need about ten minutes in bfloat16 and several times that without, a GPU a minute or two. Let the machine
-do nothing else meanwhile.
+Two CPU cores need about ten minutes in bfloat16 and several times that without. Let the machine do nothing else
+meanwhile.
 """
 
 import argparse

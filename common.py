@@ -4,8 +4,8 @@
 
 A script enters at the bottom: `select_runs`, then `train_runs`.
 
-The protocol (splits, optimiser, initialisation) is that of the report's published code and of the course exercise it
-answers, Max Planck HLCV exercise 3.
+The protocol of questions 1 to 3 (splits, optimiser, initialisation) is that of the report's published code and of the
+course exercise it answers, Max Planck HLCV exercise 3.
 """
 
 import base64
@@ -67,7 +67,7 @@ class Settings:
     dropout_after_pool: bool = False  # the report's code drops units before the pooling
     weights: str = "none"  # what the network starts from: "none" is a random initialisation
     backbone: Literal["trained", "frozen", "frozen, training mode"] = "trained"  # frozen: in evaluation mode
-    augment: tuple = ()  # batch-wise augmentations, applied in this order
+    augment: tuple = ()  # augmentations, applied in this order
     data: str = "cifar10"  # says what --sample ("cifar10-sample") and question 5's --tune ("cifar10-tuning") load
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -85,6 +85,8 @@ class Settings:
     patience: int | None = None  # stop after this many epochs below the best validation accuracy
 
     def __post_init__(self) -> None:
+        if not isinstance(self.augment, tuple):
+            raise TypeError(f"augment {self.augment!r}: make it a tuple, with a comma: (HorizontalFlip(),)")
         for augmentation in self.augment:
             if not is_dataclass(type(augmentation)) or augmentation.__hash__ is None:
                 raise ValueError(f"{augmentation}: make it a frozen dataclass; its repr names the checkpoint")
@@ -162,7 +164,7 @@ class Split:
 
 
 def find_data_dir(option: Path | None = None) -> Path:
-    """--data-dir, else $CIFAR10_DIR, else data/; they may name the folder inside."""
+    """--data-dir, else $CIFAR10_DIR, else data/; they may name cifar-10-batches-py itself."""
     path = option or machine.expand(os.environ.get("CIFAR10_DIR") or str(ROOT / "data"))
     for place in (path, Path(os.path.realpath(path))):  # "." is inside too
         if place.name == CIFAR10.base_folder and place.is_dir():
@@ -208,7 +210,7 @@ def load_sample() -> dict[str, Split]:
     """The bundled, class-balanced excerpt, by sample/cut_sample.py: 1,500 training, 200 validation, 500 test images."""
     splits = {}
     for part, entry in json.loads((SAMPLE_DIR / "index.json").read_text()).items():
-        sheet = TF.pil_to_tensor(Image.open(SAMPLE_DIR / f"{part}.png"))  # [3, 32 rows, 32 columns]
+        sheet = TF.pil_to_tensor(Image.open(SAMPLE_DIR / f"{part}.png"))  # [3, 32 * rows, 32 * columns]
         images = sheet.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32)
         splits[part] = Split(images.contiguous(), torch.tensor(entry["labels"]))
     return splits
@@ -223,7 +225,7 @@ def load_data(sample: bool, data_dir: Path | None, device: torch.device) -> dict
 
 
 class ConvNet(nn.Module):
-    """The report's network, its Figure 10.
+    """The report's network; its Figure 10 prints it with batch norm.
 
     Five blocks of Conv2d 3x3, [Dropout], [BatchNorm2d], MaxPool2d, ReLU, then Linear: [B, 3, 32, 32] -> logits [B, 10].
     7,678,474 parameters, 7,682,826 with batch norm. Dropout stands before the pooling, where the report's code has it;
@@ -328,8 +330,8 @@ def visualize_filters(weights: dict[str, np.ndarray], heading: str, scale: float
 def train(run: Run, model: nn.Module, data: dict[str, Split], device: torch.device, path: Path, prepare=None) -> dict:
     """Train a fresh `model` on from the checkpoint at `path`, or from the start, until its epochs or patience end.
 
-    Returns the checkpoint (see `new_checkpoint`), which is replaced after every epoch and holds what any rule could ask
-    for later. prepare(model, data, settings) returns the data to train on in their place.
+    Returns the checkpoint (see `new_checkpoint`), which is replaced after every epoch and holds what any stopping rule
+    needs for its result. prepare(model, data, settings) returns the data to train on in their place.
     """
     settings = run.settings
     first = first_logits(model, data["train"], settings)
@@ -476,7 +478,7 @@ def autocast(settings: Settings, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(settings: Settings, device: torch.device) -> torch.amp.GradScaler:
-    """Scales losses in fp16, where small gradients would vanish; does nothing else."""
+    """In fp16: scales losses, so that small gradients do not vanish, and leaves out steps that overflow."""
     return torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
 
@@ -523,7 +525,7 @@ def print_epoch(progress: tqdm, run: Run, history: list[dict]) -> None:
 
 
 def new_checkpoint(settings: Settings, model: nn.Module, first: Tensor) -> dict:
-    """What a checkpoint holds before the first epoch. Every epoch adds to it:
+    """What a checkpoint holds before the first epoch, and then all of this:
 
     settings, network         `shaping`; the printed network
     first_logits              what the fresh network puts out: see the function of that name
@@ -555,7 +557,7 @@ def note_environment(state: dict, model: nn.Module, device: torch.device, precis
     """Where this epoch was trained, if it is not where the one before was."""
     here, environments = machine.environment(device, precision), state["environments"]
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if batch_norm and world_size() > 1 and device.type != "cuda":  # which synchronises it
+    if batch_norm and world_size() > 1 and device.type != "cuda":  # there it is synchronised
         here["batch_norm"] = "over each process's part of the batch"
     if not environments or here.items() - environments[-1].items():
         environments.append({**here, "from_epoch": len(state["history"])})
@@ -586,7 +588,7 @@ def load_checkpoint(path: Path, settings: Settings, model: nn.Module, first: Ten
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(bad)
         state = {"first_logits": first} | torch.load(path, weights_only=True, map_location="cpu")
-        state["settings"] = shaping(settings.as_dict()) | state["settings"]  # older ones lack both
+        state["settings"] = shaping(settings.as_dict()) | state["settings"]  # older ones may lack these
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails anywhere in zipfile, pickle or torch
@@ -658,7 +660,7 @@ def require_same_network(run_folder: Path, parameters: dict, replaced: set[Path]
 
 
 def as_lines(value) -> str:
-    """JSON with a line per entry of a result, and per epoch of its history: for people, and for git."""
+    """JSON, of a list with a line per entry (a history's epochs): for people, and for git."""
     if isinstance(value, list):
         return "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
     return json.dumps(value, allow_nan=False)
@@ -703,11 +705,11 @@ def make_parser(doc: str | None) -> machine.Parser:
     add("--only", nargs="+", action="extend", metavar="RUN", help="only these runs, named as in --list")
     seeds.add_argument("--seeds", type=positive, default=1, metavar="N", help="train seeds 0 to N-1; default 1")
     seeds.add_argument("--seed", type=whole_number, metavar="N", help="train seed N alone")
-    add("--epochs", type=positive, metavar="N", help="in place of a run's own; overview and intervals leave it out")
-    add("--sample", action="store_true", help=f"the bundled images, {SAMPLE_EPOCHS} epochs; output in results/sample/")
+    add("--epochs", type=positive, metavar="N", help="in place of a run's own; the overview leaves such a run out")
+    add("--sample", action="store_true", help=f"bundled images, up to {SAMPLE_EPOCHS} epochs; into results/sample/")
     add("--data-dir", type=machine.expand, help="folder with cifar-10-batches-py; default $CIFAR10_DIR, else data/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default auto")
-    fastest = "auto: the fastest here; overview and intervals leave out the others"
+    fastest = "auto, the default: the fastest here; the overview leaves out the others"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=fastest)
     add("--fresh", action="store_true", help="start over; a checkpoint that is there is kept as *.old")
     add("--replot", action="store_true", help="rebuild figures and pages from the results, train nothing")
@@ -728,13 +730,13 @@ def result_path(args: Namespace, question: str, run: Run) -> Path:
 
 
 def results_lock(args: Namespace) -> AbstractContextManager:
-    """Hold while results and pages are read or replaced: other processes do so too."""
+    """Hold while pages are made, and while results are replaced: other processes do so too."""
     return file_lock(output_folder(args) / ".page.lock")
 
 
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate (but for
-    Muon's). Those that are of the sample already stay as they are.
+    Muon's), and no more than 18 epochs. Those that are of the sample already stay as they are.
     """
     if settings.data == "cifar10-sample":
         return settings
@@ -761,7 +763,7 @@ def asked_for(run: Run, args: Namespace, precision: str) -> Run:
 def select_runs(runs: Sequence[Run], args: Namespace, device: torch.device) -> list[Run]:
     """The runs of --only, in its order, with the command line's settings; all of them without. Every seed is a run."""
     precision = args.precision
-    if precision == "auto" or not (args.list or args.replot):  # they may name what another machine computes
+    if precision == "auto" or not (args.list or args.replot):  # these may name another machine's
         precision = machine.choose_precision(precision, device)
     asked = {run.name: asked_for(run, args, precision) for run in runs}
     if len(asked) < len(set(runs)):
@@ -819,7 +821,7 @@ def check_runs(
     question: str, paths: dict[Run, Path], args: Namespace, images: Split, device: torch.device, network: Callable
 ) -> None:
     """What would end a sweep at one of its runs: results of another network, a checkpoint that cannot go on, an
-    augmentation that fails. paths: of the checkpoints. images: to train on. Raises UserError.
+    augmentation that fails (with its own exception). paths: of the checkpoints. images: to train on. Raises UserError.
     """
     replaced = {result_path(args, question, run) for run in paths}
     unread = set() if args.fresh else {path for path in paths.values() if path.exists()}

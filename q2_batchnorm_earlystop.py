@@ -105,7 +105,7 @@ def plot_stops(full: dict[str, Result], results: Results) -> fig.Figure:
 
 def mark_stops(axes, whole: Result, curve: str, patiences: Sequence[int], color: str, row: int) -> None:
     """Read from the whole training: a dot for the weights that a patience restores, a dotted line where it stops, with
-    the patience above it; `row` keeps two networks' dots and numbers apart.
+    the patience above it; `row` keeps two networks' lines and numbers apart.
     """
     accuracies, stops = whole.curves["validation_accuracy"], {}
     for patience in patiences:

@@ -85,7 +85,7 @@ CLAIMS = [
 
 
 class VGG11(nn.Module):
-    """torchvision's vgg11_bn without its average pooling and fully connected layers, and the report's head.
+    """torchvision's vgg11_bn up to the last of its `features`, then the report's head.
 
     [B, 3, 32, 32], or the backbone's features [B, 512] -> logits [B, 10]. `backbone` is as in `Settings`. The head
     starts as PyTorch's layers do (why: results/q4/findings.md).
@@ -229,7 +229,7 @@ def compute_features(model: VGG11, split: Split, settings: Settings, name: str) 
 
 def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
     """What the loop is fed: of a backbone frozen in evaluation mode its features; with other augmentations than the
-    mirror there are too many.
+    mirror they would be too many: the images.
     """
     if settings.backbone != "frozen" or settings.augment != (MIRROR,):
         return data

@@ -76,7 +76,7 @@ TUNING = [
 
 
 def hold_out(data: dict[str, Split]) -> dict[str, Split]:
-    """All training images but the last 5,000 to train on, those to measure with; no test images."""
+    """All training images but the last 5,000 to train on, the rest to measure with; no test images."""
     images = torch.cat([data["train"].images, data["validation"].images])
     labels = torch.cat([data["train"].labels, data["validation"].labels])
     held_out = Split(images[-HELD_OUT:], labels[-HELD_OUT:])

@@ -32,8 +32,8 @@ class UserError(Exception):
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
 
-    Also sets up this process for it; call before the first large tensor, and before torch starts its threads, which
-    take over how they treat subnormals.
+    Also sets up this process for it; call before the first large tensor, and before torch starts its threads: they
+    inherit how subnormals are treated.
     """
     several = torch.distributed.is_torchelastic_launched()
     mps = torch.backends.mps.is_available() and not several  # torch connects no processes there
@@ -63,7 +63,7 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where it pays; fp16 on NVIDIA GPUs whose tensor cores know nothing wider (compute capability 7.0,
     the V100, and 7.5, the T4 and the RTX 20; the GTX 16 has none), with scaled losses; else fp32. Raises UserError
-    for what would be emulated.
+    for bf16 where it would be emulated, and for fp16 on a CPU.
 
     Intel's CPUs multiply bfloat16 fast in AMX alone: with AVX-512 only, question 1's step took 1.5 times float32's.
     """
@@ -162,9 +162,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to train: itself, or wrapped in DistributedDataParallel where there are several processes.
 
-    Told to look for unused parameters, it keeps its gradients in the order of the first step; else it orders them anew
-    after every start, and a training that goes on rounds otherwise (from three processes on). It warns that there are
-    none.
+    Looking for unused parameters keeps the gradients in the order of the first step. Else every start orders them anew,
+    and a training that goes on rounds otherwise (from three processes on). Hence torch's warning that there are none.
     """
     if world_size() == 1:
         return model
@@ -284,7 +283,7 @@ def did_you_mean(word: str, among: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are UserErrors; its help shows the script's docstring as it stands; options are written out."""
+    """Its errors are UserErrors; its help shows the script's docstring as it stands; no abbreviations."""
 
     def __init__(self, doc: str | None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

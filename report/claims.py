@@ -11,7 +11,7 @@ MARKS = {"holds": "✓", "does not hold": "✗", "cannot be told": "?", "not run
 
 @dataclass(frozen=True)
 class Part:
-    """Of a measure (see `numbers.measure`), a run minus the greatest of others, chosen by their means, lies in a zone.
+    """Of a measure (see `numbers.measure`), the run minus the one of the others with the greatest mean lies in `zone`.
 
     Without others it is the run's own value.
     """
@@ -61,9 +61,7 @@ class Claim:
 
 
 def mark_of(found: Difference, zone: tuple[float, float]) -> str:
-    """Told by the 95 % interval, against the zone: inside, outside, or neither. There is none where nothing tells how
-    far seeds lie apart.
-    """
+    """Told by the 95 % interval, against the zone: inside, outside, or neither; without one it cannot be told."""
     if found.half is None:
         return "cannot be told"
     low, high = found.value - found.half, found.value + found.half

@@ -14,7 +14,7 @@ from parts.machine import UserError, write_atomic
 from report.claims import MARKS
 from report.numbers import ReportRow, Result, figures_of, measure, name_of, read_arrays, the_report, values
 
-MADE_BY = "Written by the question scripts"  # in every page and picture: nothing else is ever replaced
+MADE_BY = "Written by the question scripts"  # in every page and picture: no others are ever replaced
 GREYS = ("0.4", "0.7")  # of the report's curves: it shows some runs twice
 COLORS = {"holds": "tab:green", "does not hold": "tab:red", "inside": "tab:green", "outside": "tab:red"}  # else grey
 
@@ -200,7 +200,7 @@ RUN_FIGURES = {"losses": plot_losses, "accuracy": plot_accuracy, "filters": plot
 
 
 def draw_run(found: Sequence[Result], also: str | None, anew: bool) -> None:
-    """RUN_FIGURES of one run, all seeds, beside its results; of those that are drawn already only with `anew`."""
+    """RUN_FIGURES of one run, beside its results; of those that are drawn already only with `anew`."""
     for name, plot in RUN_FIGURES.items():
         shown = found[:1] if plot is plot_filters else found
         stamp = stamp_of(shown)

@@ -1,6 +1,6 @@
 """Results as read from JSON, the report's own numbers, and differences between runs with their intervals.
 
-A run's results are one `Result` per seed. All intervals are 95 %, over trainings, on CIFAR-10's fixed test set.
+A run's results are one `Result` per seed. All intervals are 95 %, over trainings, on the same images.
 """
 
 import functools
@@ -57,7 +57,7 @@ class Result:
 
     @property
     def is_trial(self) -> bool:
-        """Did --epochs or --precision name it? The overview and all intervals leave it out."""
+        """Did --epochs or --precision name it? The overview and the pooled noise leave it out."""
         return len(split_name(self.run)) > 1
 
     @property
@@ -151,8 +151,8 @@ def require_same_settings(result: Result, settings: dict, of: object) -> None:
 
 
 def read_question(folder: Path, declared: Sequence[Run], sample: bool, replaced: Collection[Path] = ()) -> Results:
-    """The results of a question's declared runs, in order, then of others, whose names its options made; but for those
-    that are about to be replaced. Raises UserError where results cannot be read, or where their settings are not
+    """The results of a question's declared runs, in order, then of others in its folder (options name some); but for
+    those that are about to be replaced. Raises UserError where results cannot be read, or where their settings are not
     those that their run is declared with.
     """
     settings = {run.name: on_sample(run.settings) if sample else run.settings for run in declared}
@@ -204,7 +204,7 @@ def read_arrays(result: Result) -> dict[str, np.ndarray]:
 
 @functools.cache
 def the_report() -> dict:
-    """Its "numbers", which it prints; its "figures", which say how they were read; the "filters" of its Figures 2
+    """Its "numbers", which it prints; its "figures", read as "about" says; the "filters" of its Figures 2
     ("before") and 3 ("last"), [128, 3, 3, 3], up to a factor. Their zero is not printed: before training it is the
     middle of the range, as PyTorch draws them; after it, it is taken to be the mean.
     """
@@ -215,7 +215,7 @@ def the_report() -> dict:
 
 
 def reported(question: str, run: str) -> dict:
-    """The percentages the report prints for a run: `validation`, of the best epoch, and `test`; empty without any."""
+    """The percentages the report prints for a run: `validation`, of the best epoch (or a range), and `test`."""
     return the_report()["numbers"].get(question, {}).get(run, {})
 
 
@@ -301,7 +301,7 @@ class Noise(NamedTuple):
 
 def pooled(groups: Iterable[np.ndarray]) -> Noise | None:
     """Over groups of equal variance, [seeds] or [readings, seeds] each; of readings of the same seeds the mean
-    variance. None where no group has several seeds, or none of them differ: that is chance too.
+    variance. None where no group has several seeds, or all seeds agree, by chance.
     """
     groups = [np.atleast_2d(group) for group in groups]
     df = sum(group.shape[1] - 1 for group in groups)
@@ -385,7 +385,7 @@ def noise_alike(runs: Iterable[Sequence[Result]], network: str) -> Noise | None:
 
 
 def report_rows(questions: dict[str, Results]) -> list[ReportRow]:
-    """In the report's order, every training once: question 2 prints question 1's again."""
+    """In the report's order, without question 2's first row, which is question 1's training again."""
     found = {}
     for question, runs in the_report()["numbers"].items():
         for run, printed in runs.items():

@@ -38,7 +38,7 @@ class Question:
 
 
 def check_pages(question: Question, runs: Sequence[Run], args: argparse.Namespace) -> None:
-    """Before the training of these runs: what would fail after it. Raises UserError."""
+    """Before the training of these runs: most of what would fail after it. Raises UserError."""
     if args.list:
         return
     root = output_folder(args)
@@ -86,8 +86,8 @@ def finish_pages(question: Question, args: argparse.Namespace) -> None:
 
 
 def write_pages(question: Question, args: argparse.Namespace, anew: bool = False) -> dict:
-    """All figures and pages that a question's results change; returns what its page shows. anew: figures too that are
-    drawn already.
+    """A question's figures and page, and the overview; returns what its page shows. anew: figures too that are drawn
+    already.
     """
     root = output_folder(args)
     folder = root / question.name

@@ -321,6 +321,8 @@ def test_settings_that_no_code_understands_are_refused():
     for augmentation in (object(), thawed, HorizontalFlip):  # else every start had another key, or sweeps would fail
         with pytest.raises(ValueError, match="make it a frozen dataclass"):
             Settings(augment=(augmentation,))
+    with pytest.raises(TypeError, match="make it a tuple"):
+        Settings(augment=HorizontalFlip())  # a comma forgotten
     with pytest.raises(ValueError, match="optimizer 'sgd': there are adam, muon"):  # else it would train with Adam
         Settings(optimizer="sgd")
 
