@@ -6,8 +6,8 @@
 
 The plain loop is the one of the tutorials (`plain_epoch`): torchvision's CIFAR10 through a DataLoader, PIL images,
 PyTorch's own layers, float32 (convolutions on newer GPUs in TF32, PyTorch's default), NCHW, the default Adam,
-`loss.item()` at every step. Ours is `common.train_epoch`, set up
-as the question scripts do. Each has a process of its own and starts from the same weights; they take turns.
+`loss.item()` at every step. Ours is `common.train_epoch`, set up as the question scripts do. Each has a process of its
+own and starts from the same weights; they take turns.
 
 Printed: the machine, and three tables.
 - Training question 1's network (as it is, with batch norm, with dropout) and VGG11_bn, all of it: ms per step (median

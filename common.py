@@ -736,7 +736,7 @@ def results_lock(args: Namespace) -> AbstractContextManager:
 
 def on_sample(settings: Settings) -> Settings:
     """These settings as they suit the bundled images: so few need smaller batches, at half the learning rate (but for
-    Muon's), and no more than 18 epochs. Those that are of the sample already stay as they are.
+    Muon's), and no more than SAMPLE_EPOCHS. Those that are of the sample already stay as they are.
     """
     if settings.data == "cifar10-sample":
         return settings

@@ -228,8 +228,8 @@ def compute_features(model: VGG11, split: Split, settings: Settings, name: str) 
 
 
 def features_if_frozen(model: VGG11, data: dict[str, Split], settings: Settings) -> dict[str, Split]:
-    """What the loop is fed: of a backbone frozen in evaluation mode its features; with other augmentations than the
-    mirror they would be too many: the images.
+    """What the loop is fed: the images, or of a backbone frozen in evaluation mode its features, unless augmentations
+    other than the mirror would make them too many.
     """
     if settings.backbone != "frozen" or settings.augment != (MIRROR,):
         return data
